@@ -1,0 +1,1 @@
+"""On-policy distillation at Megatron scale, with Prune-OPD."""
