@@ -1,0 +1,88 @@
+"""The interface of every rollout engine.
+
+All methods are collective: every rank of the job calls them with equal arguments, and every rank gets the whole
+result, in the order of the requests. An engine never sees the training loop; pruning in flight reaches it through
+the `watch` argument.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from megatron_opd.types import Prompt, Rollout
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How one call of `generate` samples.
+
+    `top_logprobs` is K, the candidates returned per position (0: none are). Log-probs are always those of
+    temperature 1.0 over the full vocabulary, whatever temperature, top-p and top-k the sampling uses.
+    """
+
+    max_tokens: int
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    seed: int = 0
+    top_logprobs: int = 0
+
+
+@dataclass(frozen=True)
+class Request:
+    """One answer to generate. `index` seeds the sampler together with `Sampling.seed`: it is the answer's place in
+    the global batch, so that neither layout nor the order of completion changes the tokens."""
+
+    prompt: Prompt
+    index: int
+
+
+@dataclass
+class Segment:
+    """Newly generated tokens of one running answer, as the watcher sees them."""
+
+    request: Request
+    start: int  # response position of the first token
+    tokens: Tensor  # [S] int64
+    topk_ids: Tensor  # [S, K] int64
+    topk_logprobs: Tensor  # [S, K] float32
+    finished: bool  # the answer ended in this segment (EOS or budget)
+
+
+# Called with the segments that became ready since the last call, identical on every rank; returns the indices of the
+# requests to stop. Segments of one answer arrive in order; the last one has finished=True.
+Watch = Callable[[list[Segment]], set[int]]
+
+
+class RolloutEngine(ABC):
+    """Generates responses with the student's current parameters."""
+
+    weight_version: int = -1  # optimizer steps behind the parameters that the engine holds; -1: none handed over yet
+
+    @abstractmethod
+    def generate(
+        self, requests: list[Request], sampling: Sampling, watch: Watch | None = None, segment: int = 128
+    ) -> list[Rollout]:
+        """Generates one response per request; see the module's docstring.
+
+        With `watch`, running answers are shown to it every `segment` tokens and the ones it names stop there
+        (end_reason "drift"), their place going to the next waiting request.
+        """
+
+    @abstractmethod
+    def update_parameters(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
+        """Takes over the student's parameters. `named_parameters()` yields (Hugging Face name, full tensor) on every
+        rank and is itself collective; engines that share the trainer's parameters need not call it."""
+
+    def sleep(self) -> None:
+        """Frees what training needs (GPU memory); `wake` undoes it."""
+
+    def wake(self) -> None:
+        """Makes the engine ready to generate."""
+
+    def close(self) -> None:
+        """Ends what the engine started."""

@@ -1,0 +1,89 @@
+"""What flows through a training step.
+
+Glossary, one word per thing:
+
+student, teacher      the model that learns and the model that judges
+prompt, response      the given tokens and the generated ones (EOS included where the model ended by itself)
+rollout log-probs     of the engine that sampled; *student log-probs*: of the trainer's own forward pass
+top-k                 the K most likely tokens of one model at one position, ties to the lowest id
+overlap               share of its top-k that the student has in common with the teacher, per position
+drift event           a response position whose overlap lies below the threshold
+reliability           1 minus the price of all events so far, never below 0, never recovering
+prune weight          what a position's loss is multiplied with; a bare "weight" never means model parameters
+effective length      number of response positions with reliability left
+budget                the cap on generated tokens of the next step
+
+Letters in shapes: T response tokens of one answer, K candidates, B answers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+END_EOS = "eos"  # the student ended by itself
+END_LENGTH = "length"  # cut by the budget
+END_DRIFT = "drift"  # stopped in flight: its reliability was spent
+
+
+@dataclass
+class Prompt:
+    """One prompt. `uid` is unique and stable within a data set (its position in the source file)."""
+
+    uid: int
+    text: str
+    tokens: list[int]
+    answer: str | None = None
+    source: str = ""
+    metadata: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Rollout:
+    """One generated response with the sampler's view of it.
+
+    `index` is the response's place in the global batch (prompt-major: prompt * answers_per_prompt + answer); it seeds
+    the sampler, so the same index gives the same tokens on every layout.
+    """
+
+    prompt: Prompt
+    index: int
+    tokens: Tensor  # [T] int64, EOS included
+    logprobs: Tensor  # [T] float32, of the sampled tokens, temperature 1, full vocabulary, before top-p
+    topk_ids: Tensor  # [T, K] int64, the student's K most likely tokens, descending, ties to the lowest id
+    topk_logprobs: Tensor  # [T, K] float32
+    end_reason: str  # END_EOS, END_LENGTH or END_DRIFT
+    weight_version: int  # number of optimizer steps behind the parameters that sampled it
+
+    def __len__(self) -> int:
+        return int(self.tokens.numel())
+
+
+@dataclass
+class TeacherScores:
+    """The teacher's view of one response, on the student's candidates."""
+
+    logprobs: Tensor  # [T, K] float32, the teacher's log-probs at the student's top-k ids
+    sampled_logprobs: Tensor  # [T] float32, at the sampled tokens
+    overlap: Tensor  # [T] float32, share of the student's K ids in the teacher's own top-k; NaN where not measured
+    accepted: Tensor  # [T] bool, sampled token inside the teacher's top-p nucleus; only for that signal
+
+
+@dataclass
+class ScoredBatch:
+    """One step's answers with everything that the training step needs, identical on every rank.
+
+    Lists run over the B answers of the global batch. `prune_weight[i]` is [T_i] float32; positions behind
+    `kept_length[i]` are not sent through the training schedule.
+    """
+
+    rollouts: list[Rollout]
+    scores: list[TeacherScores]
+    prune_weight: list[Tensor]
+    kept_length: list[int]
+    effective_length: list[int]
+    events: list[int]
+    response_tokens: int  # the loss's denominator: all response tokens of the global batch
