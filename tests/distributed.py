@@ -49,12 +49,12 @@ def _child(rank: int, world_size: int, port: int, folder: str, timeout: float, f
 def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
     """Calls `fn(rank, world_size, *args)` in `world_size` gloo processes on this machine.
 
-    `fn` is a module-level function; it, `args` and the return values must be picklable. The default process group exists
-    when `fn` runs, and RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as torchrun sets them. Processes
-    may start processes of their own. Spawning costs seconds of imports: group several cases in one call.
+    `fn` is a module-level function; it, `args` and the return values must be picklable. The default process group
+    exists when `fn` runs, and RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as torchrun sets them.
+    Processes may start processes of their own. Spawning costs seconds of imports: group several cases in one call.
 
-    Returns the ranks' return values in rank order. Raises RuntimeError with the traceback of the rank that failed first,
-    or TimeoutError naming the ranks still running after `timeout` seconds.
+    Returns the ranks' return values in rank order. Raises RuntimeError with the traceback of the rank that failed
+    first, or TimeoutError naming the ranks still running after `timeout` seconds.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("spawn")
