@@ -128,6 +128,11 @@ class RolloutConfig(_Section):
     """vLLM only: tensor-parallel size of one engine."""
     gpu_memory_utilization: float = Field(default=0.4, gt=0.0, le=1.0)
     """vLLM only: share of GPU memory that a colocated engine may use."""
+    cpu_cache_mb: Positive = 512
+    """vLLM without a GPU: key/value cache of a colocated engine."""
+    enforce_eager: bool = False
+    """vLLM only: no CUDA graphs and no compilation in colocated engines; slower, but ready sooner. Always so without a
+    GPU. Servers take vLLM's own --enforce-eager."""
     max_model_len: int | None = None
     """vLLM only: longest prompt plus response; null takes what the config can reach."""
     servers: list[str] = Field(default_factory=list)
@@ -342,7 +347,7 @@ class DataConfig(_Section):
     """Prompts that repeat an earlier one's text are counted either way (DAPO-Math-17K holds each a hundred times)."""
     shuffle: bool = True
     """Shuffle by seed and epoch."""
-    size: Positive = 10000
+    size: int = Field(default=10000, gt=0, le=10_000_000)
     """Prompts to draw from reasoning_gym:NAME."""
     seed: int = Field(default=0, ge=0)
     """Seed of reasoning_gym:NAME. Different seeds never draw the same item of its stream."""
@@ -355,8 +360,8 @@ class DataConfig(_Section):
 
 
 class EvalSetConfig(_Section):
-    name: str
-    """Name in the metrics."""
+    name: str = Field(pattern=r"^[\w.@-]+$")
+    """Name in the metrics and of the answers' file: letters, digits and . @ _ -"""
     prompts: FilePath
     """As data.prompts."""
     verifier: str = Field(default="math", pattern=r"^(math|reasoning_gym|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")

@@ -1,0 +1,152 @@
+"""Prompt sets: what the models see, with the answers that verifiers need."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+from megatron_opd.config import DataConfig, EvalSetConfig
+from megatron_opd.data.sources import (
+    DataError,
+    Row,
+    answer_of,
+    find_columns,
+    metadata_of,
+    prompt_of,
+    read_rows,
+    source_of,
+)
+from megatron_opd.data.tokenizer import Tokenizer, TokenizerError
+from megatron_opd.types import Prompt
+
+GYM = "reasoning_gym:"
+GYM_EVAL_SIZE = 500
+GYM_STRIDE = 10_000_000  # item i of a stream is seeded with seed + i: seeds this far apart share no item
+
+
+@dataclass
+class PromptSet:
+    """The usable prompts of one file in file order, and what was left out."""
+
+    path: str
+    prompts: list[Prompt]
+    total: int  # rows read
+    too_long: int  # left out: longer than max_prompt_tokens
+    duplicates: int  # rows whose text repeats an earlier row's
+    duplicates_dropped: bool = False
+    notes: list[str] = field(default_factory=list)  # choices made for the user, in words
+
+    def __len__(self) -> int:
+        return len(self.prompts)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """A hash of the prompts as the models see them and of their answers, in order."""
+        digest = hashlib.sha256()
+        for p in self.prompts:
+            digest.update(json.dumps([p.uid, p.tokens, p.answer]).encode())
+        return digest.hexdigest()[:16]
+
+    def summary(self) -> str:
+        """One line for the log."""
+        dropped = "dropped" if self.duplicates_dropped else "kept"
+        left_out = f"{self.too_long} too long, {self.duplicates} duplicates ({dropped})"
+        return "; ".join([f"{self.path}: {len(self)} of {self.total} prompts, {left_out}", *self.notes])
+
+
+def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = False) -> PromptSet:
+    """Reads, templates and tokenizes the prompts that `data.prompts` names.
+
+    Raises:
+        DataError: names the file, the line, the key and the problem; also where no prompt is left.
+        TokenizerError: `data.template` does not fit the tokenizer.
+    """
+    rows = _gym_rows(data) if data.prompts.startswith(GYM) else read_rows(data.prompts)
+    found = PromptSet(data.prompts, [], 0, 0, 0, data.duplicates == "drop")
+    seen: dict[str, list[int]] = {}  # text -> tokens
+    columns = None
+    for row in rows:
+        if columns is None:
+            columns = find_columns(row, data.prompt_key, data.answer_key, data.source_key, need_answers)
+            found.notes += columns.notes
+        found.total += 1
+        text = _text(row, prompt_of(row, columns.prompt), data, tokenizer)
+        repeated = text in seen
+        found.duplicates += repeated
+        if not repeated:
+            seen[text] = tokenizer.encode(text, start=data.template == "none")
+        answer = answer_of(row, columns.answer) if columns.answer else None
+        if repeated and data.duplicates == "drop":
+            continue
+        if len(seen[text]) > data.max_prompt_tokens:
+            found.too_long += 1
+            continue
+        source = source_of(row, columns.source)
+        found.prompts.append(Prompt(row.uid, text, seen[text], answer, source, metadata_of(row)))
+    if found.total == 0:
+        raise DataError(f"{data.prompts}: the file is empty")
+    if not found.prompts:
+        raise DataError(
+            f"{data.prompts}: all {found.total} prompts are longer than max_prompt_tokens: {data.max_prompt_tokens}; "
+            f"the shortest has {min(map(len, seen.values()))} tokens"
+        )
+    return found
+
+
+def load_eval_prompts(eval_set: EvalSetConfig, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
+    """An evaluation set's prompts; what the set leaves open is taken from `data`. Raises as `load_prompts`."""
+    own = {k: getattr(eval_set, k) for k in ("prompt_key", "answer_key", "suffix", "thinking")}
+    changes = {k: v for k, v in own.items() if v is not None}
+    changes |= {"prompts": eval_set.prompts, "seed": eval_set.seed, "duplicates": "keep"}
+    changes |= {"size": eval_set.limit or GYM_EVAL_SIZE}
+    try:
+        found = load_prompts(data.model_copy(update=changes), tokenizer, need_answers=True)
+    except DataError as error:
+        raise DataError(f"eval set {eval_set.name}: {error}") from error
+    found.prompts = found.prompts[: eval_set.limit]
+    return found
+
+
+def _text(row: Row, prompt: str | list[dict[str, str]], data: DataConfig, tokenizer: Tokenizer) -> str:
+    if data.template == "none":
+        if isinstance(prompt, list):
+            if len(prompt) > 1:
+                raise DataError(
+                    f"{row.place}: {len(prompt)} chat messages cannot become plain text; set data.template: chat"
+                )
+            prompt = prompt[0]["content"]
+        return prompt + data.suffix
+    messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
+    messages[-1]["content"] += data.suffix
+    if data.system is not None and messages[0]["role"] != "system":
+        messages.insert(0, {"role": "system", "content": data.system})
+    try:
+        return tokenizer.chat(messages, data.thinking)
+    except TokenizerError as error:
+        raise TokenizerError(f"{row.place}: {error}") from error
+
+
+def _gym_rows(data: DataConfig) -> Iterator[Row]:
+    """Items of a reasoning-gym data set as rows; the metadata holds what its scorer needs."""
+    try:
+        import reasoning_gym
+        from reasoning_gym.factory import DATASETS
+    except ImportError as error:
+        raise DataError(f"{data.prompts} needs the package reasoning-gym: {error}") from error
+    import difflib
+
+    name = data.prompts.removeprefix(GYM)
+    if name not in DATASETS:
+        near = difflib.get_close_matches(name, DATASETS, n=1)
+        hint = f"; did you mean {GYM}{near[0]}?" if near else f"; known are {', '.join(sorted(DATASETS))}"
+        raise DataError(f"{data.prompts}: reasoning-gym has no data set {name!r}{hint}")
+    items = reasoning_gym.create_dataset(name, seed=data.seed * GYM_STRIDE, size=data.size)
+    keys = (data.prompt_key, data.answer_key, data.source_key)
+    for i in range(data.size):
+        entry = items[i]
+        metadata = {**entry["metadata"], "source_dataset": name, "question": entry["question"]}
+        values = dict(zip(keys, (entry["question"], entry["answer"], GYM + name), strict=True))
+        yield Row(i, f"{data.prompts}: item {i + 1}", {**values, "metadata": metadata})

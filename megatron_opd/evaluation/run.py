@@ -1,0 +1,198 @@
+"""One evaluation: generate, verify, save, summarize; the same code during training and for `megatron-opd eval`."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch.distributed as dist
+
+from megatron_opd.config import DataConfig, EvalConfig, EvalSetConfig
+from megatron_opd.data.prompts import PromptSet, load_eval_prompts
+from megatron_opd.data.tokenizer import Tokenizer
+from megatron_opd.evaluation.answers import AnswerFile, answer_of, request_key
+from megatron_opd.evaluation.metrics import Answer, summarize
+from megatron_opd.evaluation.verifiers import Case, VerifierPool
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
+from megatron_opd.types import END_LENGTH, Rollout
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+class EvaluationError(RuntimeError):
+    """The writing rank could not verify, save or read back answers; raised on every rank alike."""
+
+
+@dataclass(frozen=True)
+class EvalSet:
+    """One data set to evaluate on, with its settings."""
+
+    config: EvalSetConfig
+    prompts: PromptSet
+
+
+def load_eval_sets(settings: EvalConfig, data: DataConfig, tokenizer: Tokenizer) -> list[EvalSet]:
+    """Reads the prompts of every configured set. Raises DataError naming the set."""
+    return [EvalSet(s, load_eval_prompts(s, data, tokenizer)) for s in settings.sets]
+
+
+def evaluate(
+    engine: RolloutEngine,
+    sets: list[EvalSet],
+    tokenizer: Tokenizer,
+    settings: EvalConfig,
+    out_dir: str | Path,
+    step: int,
+    is_writer: bool,
+    model_id: str = "",
+) -> dict[str, Any]:
+    """Evaluates the engine's current parameters on every set. Collective: all ranks call it with equal arguments.
+
+    Rank 0 (`is_writer`) verifies and writes `out_dir/NAME-stepSTEP.jsonl`, one answer a line, and the summary
+    `out_dir/stepSTEP.json`. Called again after an interruption it generates only what that file lacks; an answer is
+    taken from it where data set, prompt, sample, sampling settings, weight version and `model_id` (what the weight
+    version does not tell apart, such as a checkpoint's name) are the same.
+
+    Returns, on every rank: {"accuracy": {set: avg@k}, "sets": {set: see `metrics.summarize`, plus too_long: prompts
+    left out as over-long}, "problems": {set: what went wrong with verifiers, with the answer's place}}.
+
+    Raises:
+        EvaluationError: no space left, a verifier that cannot start, ...; on every rank.
+    """
+    if is_writer != (not dist.is_initialized() or dist.get_rank() == 0):
+        raise ValueError("is_writer must be true on rank 0 and nowhere else")
+    out_dir = Path(out_dir)
+    result: dict[str, Any] = {"accuracy": {}, "sets": {}, "problems": {}}
+    for eval_set in sets:
+        name = eval_set.config.name
+        judge = _Judge(eval_set, tokenizer, settings, out_dir / f"{name}-step{step}.jsonl")
+        try:
+            numbers, problems = _evaluate_set(engine, judge, model_id, is_writer)
+        finally:
+            judge.close()
+        result["sets"][name] = {**numbers, "too_long": eval_set.prompts.too_long}
+        result["accuracy"][name] = numbers["accuracy"]
+        if problems:
+            result["problems"][name] = problems
+            if is_writer:
+                log.warning("%s: %d answers counted wrong unjudged: %s ...", name, len(problems), problems[0])
+    _on_writer(is_writer, lambda: _write_json(out_dir / f"step{step}.json", {"step": step, **result}))
+    return result
+
+
+def _evaluate_set(
+    engine: RolloutEngine, judge: _Judge, model_id: str, is_writer: bool
+) -> tuple[dict[str, float], list[str]]:
+    config, settings = judge.eval_set.config, judge.settings
+    sampling = Sampling(config.max_tokens, config.temperature, config.top_p, seed=settings.seed)
+    k, version = config.answers_per_prompt, engine.weight_version
+    prompts = judge.eval_set.prompts.prompts
+    requests = [Request(prompt, i * k + s) for i, prompt in enumerate(prompts) for s in range(k)]
+    # The rest of the settings goes into the key as it is in the config, so that a later field cannot be forgotten.
+    identity = config.model_dump(exclude={"limit", "prompts", "prompt_key", "answer_key"})
+    keys = [request_key(identity, settings.seed, version, model_id, r) for r in requests]
+    pending = _on_writer(is_writer, partial(judge.resume, keys))
+    for start in range(0, len(pending), settings.chunk_answers):
+        chunk = pending[start : start + settings.chunk_answers]
+        rollouts = engine.generate([requests[i] for i in chunk], sampling)
+        if [r.index for r in rollouts] != [requests[i].index for i in chunk]:
+            raise EvaluationError("the rollout engine returned other answers than were asked for")
+        stale = {r.weight_version for r in rollouts} - {version}
+        if stale:
+            raise EvaluationError(f"answers come from weight versions {sorted(stale)}, the engine holds {version}")
+        chunk_keys = [keys[i] for i in chunk]
+        _on_writer(is_writer, partial(judge.add, rollouts, chunk_keys))
+    return _on_writer(is_writer, judge.summary)
+
+
+class _Judge:
+    """What the writing rank does for one set; on other ranks it does nothing."""
+
+    def __init__(self, eval_set: EvalSet, tokenizer: Tokenizer, settings: EvalConfig, path: Path):
+        self.eval_set = eval_set
+        self.tokenizer = tokenizer
+        self.settings = settings
+        self.file = AnswerFile(path) if settings.save_answers else None
+        self.answers: dict[str, Answer] = {}
+        self.pool = VerifierPool(eval_set.config.verifier, settings.verifier_timeout_s, settings.verifier_workers)
+
+    def resume(self, keys: list[str]) -> list[int]:
+        """Takes over answers of an earlier attempt; returns the places in `keys` that are still to be generated."""
+        if self.file is not None:
+            self.answers = {key: answer_of(record) for key, record in self.file.open(set(keys)).items()}
+            if self.answers:
+                log.info("%s: %d of %d answers are there already", self.file.path, len(self.answers), len(keys))
+        return [i for i, key in enumerate(keys) if key not in self.answers]
+
+    def add(self, rollouts: list[Rollout], keys: list[str]) -> None:
+        """Verifies and saves new answers."""
+        texts = [self.tokenizer.decode(r.tokens.tolist()) for r in rollouts]
+        cases = []
+        for rollout, text in zip(rollouts, texts, strict=True):
+            prompt = rollout.prompt
+            cases.append(Case(text, prompt.answer or "", prompt.metadata, prompt.source))
+        records: list[dict[str, Any]] = []
+        k = self.eval_set.config.answers_per_prompt
+        for rollout, key, text, verdict in zip(rollouts, keys, texts, self.pool.score(cases), strict=True):
+            records.append(
+                {
+                    "set": self.eval_set.config.name,
+                    "uid": rollout.prompt.uid,
+                    "sample": rollout.index % k,
+                    "correct": verdict.correct,
+                    "score": verdict.score,
+                    "extracted": verdict.extracted,
+                    "answer": rollout.prompt.answer,
+                    "length": len(rollout),
+                    "truncated": rollout.end_reason == END_LENGTH,
+                    "problem": verdict.problem,
+                    "prompt": rollout.prompt.text,
+                    "response": text,
+                    "weight_version": rollout.weight_version,
+                    "key": key,
+                }
+            )
+        if self.file is not None:
+            self.file.append(records)
+        self.answers |= {record["key"]: answer_of(record) for record in records}
+
+    def summary(self) -> tuple[dict[str, float], list[str]]:
+        """The set's numbers, and the answers that no verdict was reached on."""
+        answers = list(self.answers.values())
+        problems = [f"prompt {a.uid}, sample {a.sample}: {a.problem}" for a in answers if a.problem is not None]
+        return summarize(answers, self.eval_set.config.answers_per_prompt, self.settings.seed), problems
+
+    def close(self) -> None:
+        """Ends the verifier's processes."""
+        self.pool.close()
+
+
+def _on_writer(is_writer: bool, action: Callable[[], T]) -> T:
+    """Runs `action` on rank 0 and hands its result to every rank; its failure is raised on every rank."""
+    outcome: list[Any] = [None]
+    failure: Exception | None = None
+    if is_writer:
+        try:
+            outcome = [(True, action())]
+        except Exception as error:
+            failure, outcome = error, [(False, f"{type(error).__name__}: {error}")]
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0)
+    good, value = outcome[0]
+    if not good:
+        raise EvaluationError(value) from failure
+    return value
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(path.name + ".partial")
+    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    os.replace(unfinished, path)

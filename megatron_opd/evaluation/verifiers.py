@@ -1,0 +1,171 @@
+"""Scores answers in separate processes, so that a verifier that hangs or crashes costs one answer and not the run."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from multiprocessing import Pipe
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+WORKER = Path(__file__).with_name("worker.py")
+START_TIMEOUT_S = 120.0
+
+
+class VerifierError(RuntimeError):
+    """A verifier cannot be started at all, for instance because its package is missing."""
+
+
+@dataclass(frozen=True)
+class Case:
+    """One answer to score."""
+
+    response: str
+    answer: str
+    metadata: dict[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """`score` from 0 to 1; `problem` says why an answer could not be judged and so counts as wrong."""
+
+    score: float
+    extracted: str | None = None
+    problem: str | None = None
+
+    @property
+    def correct(self) -> bool:
+        """The full score; reasoning-gym's partial credit is not a right answer."""
+        return self.score >= 1.0
+
+
+class VerifierPool:
+    """Worker processes for one verifier: math, reasoning_gym, exact or MODULE:FUNCTION.
+
+    They start with the first use and stay until `close`; one that misses its time limit or dies is replaced. Works from
+    any thread and leaves signal handlers alone.
+    """
+
+    def __init__(self, verifier: str, timeout_s: float = 10.0, workers: int = 2):
+        self.verifier = verifier
+        self.timeout_s = timeout_s
+        self._workers = [_Worker(verifier) for _ in range(workers)]
+
+    def score(self, cases: Sequence[Case]) -> list[Verdict]:
+        """One verdict per case, in order. Raises VerifierError where the verifier cannot be started."""
+        verdicts: list[Verdict | None] = [None] * len(cases)
+        pending = iter(range(len(cases)))
+        take = threading.Lock()
+        failures: list[BaseException] = []
+
+        def work(worker: _Worker) -> None:
+            while not failures:
+                with take:
+                    i = next(pending, None)
+                if i is None:
+                    return
+                try:
+                    verdicts[i] = worker.score(cases[i], self.timeout_s)
+                except Exception as error:
+                    failures.append(error)
+
+        threads = [threading.Thread(target=work, args=(w,), daemon=True) for w in self._workers[: len(cases)]]
+        for thread in threads:
+            thread.start()
+        try:
+            for thread in threads:
+                thread.join()
+        except BaseException as error:  # an interrupt: no further cases
+            failures.append(error)
+            raise
+        if failures:
+            raise failures[0]
+        return [v for v in verdicts if v is not None]
+
+    def close(self) -> None:
+        """Ends the worker processes."""
+        for worker in self._workers:
+            worker.stop()
+
+    def __enter__(self) -> VerifierPool:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+class _Worker:
+    """One worker process; it is started when needed and killed when late."""
+
+    def __init__(self, verifier: str):
+        self.verifier = verifier
+        self._process: subprocess.Popen[bytes] | None = None
+        self._connection: Connection | None = None
+
+    def score(self, case: Case, timeout_s: float) -> Verdict:
+        connection = self._connection or self._start()
+        message = ("score", timeout_s, case.response, case.answer, case.metadata, case.source)
+        try:
+            connection.send(message)
+        except OSError:  # it died after its last answer: not this case's fault
+            self.stop()
+            connection = self._start()
+            connection.send(message)
+        except Exception as error:  # pickle raises several types
+            return Verdict(0.0, problem=f"the prompt's metadata cannot be sent to the verifier: {error}")
+        try:
+            if not connection.poll(timeout_s):
+                self.stop(grace_s=0)
+                return Verdict(0.0, problem=f"the verifier took longer than {timeout_s:g} s")
+            kind, content = connection.recv()
+        except (EOFError, OSError):
+            return Verdict(0.0, problem=f"the verifier's process died ({self.stop()})")
+        return Verdict(*content) if kind == "scored" else Verdict(0.0, problem=f"the verifier failed: {content}")
+
+    def _start(self) -> Connection:
+        ours, theirs = Pipe()
+        # A process of its own: multiprocessing's spawn would import the training script again. -P: the worker's folder
+        # holds modules with common names that must not shadow others.
+        command = [sys.executable, "-P", str(WORKER), str(theirs.fileno())]
+        with theirs:
+            process = subprocess.Popen(
+                command,
+                pass_fds=[theirs.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.DEVNULL,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+            )
+        self._process, self._connection = process, ours
+        try:
+            ours.send(("load", self.verifier, sys.path))
+            if not ours.poll(START_TIMEOUT_S):
+                self.stop(grace_s=0)
+                raise VerifierError(f"verifier {self.verifier} did not start within {START_TIMEOUT_S:g} s")
+            kind, content = ours.recv()
+        except (EOFError, OSError):
+            raise VerifierError(f"verifier {self.verifier} died while starting ({self.stop()})") from None
+        if kind != "ready":
+            self.stop()
+            raise VerifierError(f"verifier {self.verifier} cannot start: {content}")
+        return ours
+
+    def stop(self, grace_s: float = 1.0) -> str:
+        """Ends the process, by force after `grace_s`, and says how it ended."""
+        process, connection = self._process, self._connection
+        self._process = self._connection = None
+        if connection is not None:
+            connection.close()
+        if process is None:
+            return "not running"
+        try:
+            code = process.wait(timeout=grace_s)  # closing the connection ends an idle one
+        except subprocess.TimeoutExpired:
+            process.kill()
+            code = process.wait()
+        return f"signal {-code}" if code < 0 else f"exit code {code}"
