@@ -1,0 +1,111 @@
+"""The command line: parse, check, start the processes, run."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+
+from megatron_opd.config import Config, ConfigError, all_keys, load_config
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `megatron-opd`; returns the exit code."""
+    parser = argparse.ArgumentParser(prog="megatron-opd", description="On-policy distillation on Megatron-Core.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in (("train", "train a student"), ("eval", "evaluate a checkpoint")):
+        command = commands.add_parser(name, help=text)
+        command.add_argument("config", help="YAML file")
+        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=500")
+        command.add_argument("--nproc", type=int, default=None, help="processes to start on this machine")
+        if name == "eval":
+            command.add_argument("--checkpoint", help="Hugging Face, converted or run checkpoint directory")
+    commands.add_parser("keys", help="list every config key with its documentation")
+    options, rest = parser.parse_known_args(arguments)
+    unknown = [x for x in rest if x.startswith("-") or "=" not in x]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    if options.command == "keys":
+        for key, text in all_keys().items():
+            print(f"{key}\n    {' '.join(text.split())}")
+        return 0
+    try:
+        config = load_config(options.config, [*options.overrides, *rest])
+    except ConfigError as error:
+        print(error, file=sys.stderr)
+        return 2
+    if not under_launcher():
+        count = options.nproc or default_processes(config)
+        if count > 1:
+            return launch(count, sys.argv[1:] if arguments is None else arguments)
+    return run(options, config)
+
+
+def run(options: argparse.Namespace, config: Config) -> int:
+    """Runs one process's part of a command."""
+    from megatron_opd.training.loop import train
+
+    command: Callable[[], None]
+    if options.command == "train":
+        command = lambda: train(config)  # noqa: E731
+    else:
+        from megatron_opd.evaluation.command import evaluate_checkpoint
+
+        command = lambda: evaluate_checkpoint(config, options.checkpoint)  # noqa: E731
+    return guarded(command)
+
+
+def guarded(command: Callable[[], None]) -> int:
+    """Runs it; errors that explain themselves are printed without a traceback, by one rank."""
+    from megatron_opd.errors import exit_code_of, explains_itself
+
+    try:
+        command()
+    except Exception as error:
+        if not explains_itself(error):
+            raise
+        if int(os.environ.get("RANK", "0")) == 0:
+            print(f"megatron-opd: {error}", file=sys.stderr, flush=True)
+        return exit_code_of(error)
+    finally:
+        leave_process_group()
+    return 0
+
+
+def leave_process_group() -> None:
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def under_launcher() -> bool:
+    """Whether torchrun or srun started this process as one of several."""
+    return "RANK" in os.environ or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def default_processes(config: Config) -> int:
+    """One process per GPU; without GPUs what the larger layout needs."""
+    needed = max(config.student.parallel.model_size, config.teacher.parallel.model_size)
+    if config.device == "cpu":
+        return needed
+    import torch
+
+    return torch.cuda.device_count() or needed
+
+
+def launch(count: int, arguments: list[str]) -> int:
+    """Starts torchrun on this machine with this command line."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
+        "-m", "megatron_opd.cli", *arguments,
+    ]  # fmt: skip
+    environment = dict(os.environ)
+    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
+    return subprocess.run(command, env=environment).returncode
+
+
+if __name__ == "__main__":  # processes that Megatron-Core's checkpoint writer spawns import this module
+    sys.exit(main())

@@ -1,0 +1,174 @@
+"""Builds a student or a teacher: Megatron-Core's GPTModel in its own layout, with its weights."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from megatron.core.models.gpt import GPTModel
+
+from megatron_opd.config import ConfigError, ModelConfig
+from megatron_opd.models.bridge import load_bridge
+from megatron_opd.models.packed import PackedRotary, PackedRow, pack_row
+from megatron_opd.models.specs import block_spec, use_transformer_engine
+from megatron_opd.models.weights import load_model_weights
+from megatron_opd.parallel.groups import Layout
+
+
+@dataclass
+class Model:
+    """A model as this rank holds it."""
+
+    name: str  # student or teacher
+    chunks: list[GPTModel]  # one, or one per virtual pipeline stage
+    config: Any  # Megatron-Core's TransformerConfig
+    layout: Layout
+    bridge: Any  # mbridge's names and tensor formats
+    vocab_size: int  # of the tokenizer: what lies beyond is padding
+    padded_vocab_size: int
+    device: torch.device
+    transformer_engine: bool
+
+    @property
+    def row_multiple(self) -> int:
+        """Rows are padded to a multiple of this: sequence parallelism splits them evenly, FP8 wants blocks of 16."""
+        split = self.layout.parallel.tensor if self.config.sequence_parallel else 1
+        split *= 2 * self.layout.parallel.context if self.layout.parallel.context > 1 else 1
+        return math.lcm(split, 16 * split if self.config.fp8 else 1)
+
+    def row(self, lengths: list[int]) -> tuple[PackedRow, int]:
+        """A row of whole sequences for this model, and its tokens with padding (a last sequence of its own)."""
+        tokens = sum(lengths)
+        padding = -tokens % self.row_multiple
+        lengths = [*lengths, padding] if padding else lengths
+        return pack_row(lengths, self.device, thd=self.transformer_engine), tokens + padding
+
+
+def read_hf_config(directory: str, key: str) -> dict[str, Any]:
+    """The model's config.json.
+
+    Raises:
+        ConfigError: naming `key` where the directory or the file is missing or broken.
+    """
+    path = Path(directory) / "config.json"
+    if not Path(directory).is_dir():
+        raise ConfigError(f"{key}: no directory {directory}")
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise ConfigError(
+            f"{key}: {directory} has no config.json; give a Hugging Face or converted directory"
+        ) from None
+    except ValueError as error:
+        raise ConfigError(f"{key}: {path} is not valid JSON: {error}") from None
+
+
+def check_layout(name: str, model: ModelConfig, world_size: int | None = None) -> None:
+    """Raises ConfigError, listing everything, where the layout does not divide the model's heads, width or layers."""
+    hf = read_hf_config(model.model, f"{name}.model")
+    parallel, problems = model.parallel, []
+    heads = hf["num_attention_heads"]
+    kv_heads = hf.get("num_key_value_heads") or heads
+    stages = parallel.pipeline * parallel.virtual_pipeline
+    for what, value in (
+        ("attention heads", heads),
+        ("key/value heads", kv_heads),
+        ("FFN width", hf["intermediate_size"]),
+    ):
+        if value % parallel.tensor:
+            divisors = [n for n in range(1, value + 1) if value % n == 0 and kv_heads % n == 0 and heads % n == 0]
+            problems.append(
+                f"{name}.parallel.tensor: {parallel.tensor} does not divide the {value} {what}; "
+                f"what divides all heads: {', '.join(map(str, divisors))}"
+            )
+    if hf["num_hidden_layers"] % stages:
+        problems.append(
+            f"{name}.parallel.pipeline: {parallel.pipeline} (x virtual_pipeline {parallel.virtual_pipeline}) does not "
+            f"divide the {hf['num_hidden_layers']} layers"
+        )
+    experts = hf.get("num_experts")
+    if parallel.expert > 1 and (not experts or experts % parallel.expert):
+        problems.append(f"{name}.parallel.expert: {parallel.expert} does not divide the {experts or 0} experts")
+    if problems:
+        raise ConfigError("\n".join(problems))
+
+
+def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.device, weights: bool = True) -> Model:
+    """Builds this rank's chunks and loads the weights. Collective over the model's ranks.
+
+    Raises:
+        ConfigError: a layout that does not divide, FP8 or Transformer Engine where it cannot run, an unknown
+            architecture, weights that do not match.
+    """
+    check_layout(name, model)
+    cpu = device.type == "cpu"
+    transformer_engine = use_transformer_engine(name, model, cpu)
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.precision]
+    parallel, groups = model.parallel, layout.groups
+    vp = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
+    overrides = _config_overrides(model, dtype, cpu)
+    overrides["moe_grouped_gemm"] = transformer_engine  # local layers hold experts one by one
+    bridge = load_bridge(model.model, dtype, groups, parallel.virtual_pipeline, overrides)
+    config = bridge.config
+    vocab_size = bridge.vocab_size
+    arguments = {k: v for k, v in bridge.gpt_args.items() if k != "vocab_size"}
+    padded = -(-vocab_size // parallel.tensor) * parallel.tensor
+
+    chunks = []
+    stages, stage = groups.pp.size(), groups.pp.rank()
+    for number in range(parallel.virtual_pipeline):
+        chunk = GPTModel(
+            config=config,
+            transformer_layer_spec=block_spec(config, transformer_engine, number if vp else None, stage),
+            vocab_size=padded,
+            pre_process=stage == 0 and number == 0,
+            post_process=stage == stages - 1 and number == parallel.virtual_pipeline - 1,
+            parallel_output=True,
+            pg_collection=groups,
+            vp_stage=number if vp else None,
+            **arguments,
+        )
+        bridge.apply_rope([chunk])
+        chunk.rotary_pos_emb = PackedRotary(chunk.rotary_pos_emb)
+        chunks.append(chunk if cpu else chunk.cuda())
+    if weights:
+        load_model_weights(chunks, model.model, bridge, groups, allow_pickle=model.allow_pickle)
+    return Model(name, chunks, config, layout, bridge, vocab_size, padded, device, transformer_engine)
+
+
+def _config_overrides(model: ModelConfig, dtype: torch.dtype, cpu: bool) -> dict[str, Any]:
+    """What our config and the platform say of Megatron-Core's TransformerConfig."""
+    values: dict[str, Any] = {
+        "params_dtype": dtype,
+        "pipeline_dtype": dtype,
+        "bf16": dtype == torch.bfloat16,
+        "sequence_parallel": model.parallel.sequence,
+        "variable_seq_lengths": True,
+        "calculate_per_token_loss": True,  # our losses are already divided by the global token count
+        "deallocate_pipeline_outputs": True,
+        "use_cpu_initialization": cpu,
+        "perform_initialization": False,  # the weights are loaded
+        "masked_softmax_fusion": False,
+        "gradient_accumulation_fusion": False,
+        "bias_dropout_fusion": not cpu,
+        "batch_p2p_comm": False,
+        "attention_dropout": 0.0,
+        "hidden_dropout": 0.0,
+    }
+    if model.recompute == "full":
+        values |= {"recompute_granularity": "full", "recompute_method": "uniform", "recompute_num_layers": 1}
+    elif model.recompute == "selective":
+        values |= {"recompute_granularity": "selective"}
+    if model.fp8:
+        values |= {"fp8": model.fp8, "fp8_recipe": model.fp8_recipe, "fp8_param": model.fp8_params}
+        if model.fp8_bf16_ends:
+            values |= {
+                "first_last_layers_bf16": True,
+                "num_layers_at_start_in_bf16": model.fp8_bf16_ends,
+                "num_layers_at_end_in_bf16": model.fp8_bf16_ends,
+            }
+    return values

@@ -1,0 +1,98 @@
+"""Forward passes with a key/value cache through every pipeline stage, for generation and for scoring by segment."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+import torch.distributed as dist
+from megatron.core.transformer.utils import set_model_to_sequence_parallel
+from torch import Tensor
+
+from megatron_opd.models.build import Model
+from megatron_opd.models.packed import KVCache, PackedRow, decode_row, prefill_row
+
+
+class CachedForward:
+    """One model's running sequences. All ranks of the model's pipeline make the same calls in the same order."""
+
+    def __init__(self, model: Model, places: int) -> None:
+        self.model = model
+        self.cache = KVCache(places)
+        self._rows: Tensor | None = None
+
+    @contextmanager
+    def session(self) -> Iterator[None]:
+        """Evaluation mode, no gradients, sequence parallelism off (a decode step has too few tokens to split)."""
+        chunks = self.model.chunks
+        training = [chunk.training for chunk in chunks]
+        sequence = self.model.config.sequence_parallel
+        hooks = [
+            chunk.output_layer.register_forward_pre_hook(self._select, with_kwargs=True)
+            for chunk in chunks
+            if chunk.post_process
+        ]
+        try:
+            for chunk in chunks:
+                chunk.eval()
+                if sequence:
+                    set_model_to_sequence_parallel(chunk, False)
+            with torch.no_grad():
+                yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+            for chunk, was_training in zip(chunks, training):
+                if sequence:
+                    set_model_to_sequence_parallel(chunk, True)
+                chunk.train(was_training)
+
+    def prefill(
+        self, tokens: Tensor, lengths: list[int], starts: list[int], places: list[int], rows: Tensor | None
+    ) -> Tensor | None:
+        """Runs `tokens` [T] (sequences of `lengths`, continuing at `starts`, cached at `places`).
+
+        Returns:
+            On the last stage the logits [R, vocab / tp] of the tokens named by `rows` [R] (all where None); None
+            elsewhere.
+        """
+        row = prefill_row(lengths, starts, places, self.cache, self.model.device)
+        return self._forward(tokens, row, rows)
+
+    def decode(self, tokens: Tensor, cached_length: Tensor) -> Tensor | None:
+        """Runs one token [B] for each sequence at places 0..B-1, whose lengths [B] count it -> [B, vocab / tp]."""
+        return self._forward(tokens, decode_row(cached_length, self.cache), None)
+
+    def _select(self, module, args, kwargs):
+        """Before the output layer: only the hidden states whose logits are wanted."""
+        if self._rows is None:
+            return None
+        hidden, *rest = args
+        return (hidden[self._rows], *rest), kwargs
+
+    def _forward(self, tokens: Tensor, row: PackedRow, rows: Tensor | None) -> Tensor | None:
+        model, pp = self.model, self.model.layout.groups.pp
+        size, rank = pp.size(), pp.rank()
+        following = dist.get_global_rank(pp, (rank + 1) % size)
+        previous = dist.get_global_rank(pp, (rank - 1) % size)
+        self._rows = rows
+        out = None
+        for number, chunk in enumerate(model.chunks):
+            first = rank == 0 and number == 0
+            last = rank == size - 1 and number == len(model.chunks) - 1
+            if not first:
+                hidden = torch.empty(
+                    tokens.numel(), 1, model.config.hidden_size, dtype=model.config.pipeline_dtype, device=model.device
+                )
+                if size > 1:
+                    dist.recv(hidden, previous, group=pp)
+                else:
+                    hidden = out
+                chunk.set_input_tensor(hidden)
+            out = chunk(tokens[None], None, None, packed_seq_params=row)
+            if not last and size > 1:
+                dist.send(out.contiguous(), following, group=pp)
+        if not model.layout.is_last_stage:
+            return None
+        return out[0]

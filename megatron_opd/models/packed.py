@@ -1,0 +1,229 @@
+"""Rows of packed tokens: the one form in which tokens go through a model, in training, scoring and generation.
+
+A row holds several sequences one after the other, without padding: tokens [1, T], hidden states [T, 1, hidden]. It
+says where each sequence begins, which position each token has in its own sequence, and, in generation, which place of
+a key/value cache belongs to it. `PackedAttention` is the attention core that reads it; Transformer Engine's core reads
+the same row through its THD fields.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
+from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.module import MegatronModule
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+
+class KVCache:
+    """Keys and values of running sequences, a place per sequence: [places, kv heads / tp, positions, head dim].
+
+    Grows in positions as needed. Layers are addressed by their global, 1-based number.
+    """
+
+    def __init__(self, places: int, positions: int = 256) -> None:
+        self.places, self.positions = places, positions
+        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
+
+    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
+        """The two buffers of a layer; made on first use with the dtype, heads and head size of `like` [T, h, d]."""
+        if number not in self._layers:
+            shape = (self.places, like.shape[1], self.positions, like.shape[2])
+            self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
+        return self._layers[number]
+
+    def reserve(self, positions: int) -> None:
+        """Makes room for sequences of this many tokens."""
+        if positions <= self.positions:
+            return
+        grown = max(positions, self.positions + self.positions // 2)
+        for number, (keys, values) in self._layers.items():
+            pad = (0, 0, 0, grown - self.positions)
+            self._layers[number] = (torch.nn.functional.pad(keys, pad), torch.nn.functional.pad(values, pad))
+        self.positions = grown
+
+    def move(self, source: int, target: int, length: int) -> None:
+        """Copies one sequence's `length` positions to another place."""
+        for keys, values in self._layers.values():
+            keys[target, :, :length] = keys[source, :, :length]
+            values[target, :, :length] = values[source, :, :length]
+
+
+@dataclass
+class PackedRow(PackedSeqParams):
+    """Packed sequences; see the module's docstring. Built by `pack_row`, `prefill_row` and `decode_row`."""
+
+    positions: Tensor | None = None  # [T] int64, of each token in its own sequence
+    lengths: list[int] = field(default_factory=list)  # tokens of each sequence in this row
+    cache: KVCache | None = None
+    places: list[int] = field(default_factory=list)  # cache place of each sequence
+    starts: list[int] = field(default_factory=list)  # position of each sequence's first token in this row
+    cached_length: Tensor | None = None  # decode: [B] int64 lengths, this row's token included, at places 0..B-1
+    _keep: Tensor | None = None  # decode: [B, 1, 1, longest] bool, which cached positions a token may see
+
+    def keep_mask(self) -> Tensor:
+        if self._keep is None:
+            assert self.cached_length is not None
+            longest = int(self.cached_length.max())
+            positions = torch.arange(longest, device=self.cached_length.device)
+            self._keep = (positions[None] < self.cached_length[:, None])[:, None, None]
+        return self._keep
+
+
+def pack_row(lengths: list[int], device: torch.device, thd: bool) -> PackedRow:
+    """A row of whole sequences, without a cache. `thd`: for Transformer Engine's attention."""
+    ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+    positions = torch.cat([torch.arange(n) for n in lengths])
+    return PackedRow(
+        qkv_format="thd" if thd else "sbhd",
+        cu_seqlens_q=ends.to(device),
+        cu_seqlens_kv=ends.to(device),
+        max_seqlen_q=max(lengths),
+        max_seqlen_kv=max(lengths),
+        positions=positions.to(device),
+        lengths=lengths,
+    )
+
+
+def prefill_row(lengths: list[int], starts: list[int], places: list[int], cache: KVCache, device: torch.device):
+    """A row whose tokens continue cached sequences (or begin them, start 0) at the given places."""
+    longest = max(s + n for s, n in zip(starts, lengths))
+    cache.reserve(longest)
+    positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)])
+    return PackedRow(
+        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, positions=positions.to(device),
+        lengths=lengths, cache=cache, places=places, starts=starts,
+    )  # fmt: skip
+
+
+def decode_row(cached_length: Tensor, cache: KVCache) -> PackedRow:
+    """One new token for each of the sequences at places 0..B-1; `cached_length` [B] counts it."""
+    longest = int(cached_length.max())
+    cache.reserve(longest)
+    return PackedRow(
+        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, positions=cached_length - 1,
+        cache=cache, cached_length=cached_length,
+    )  # fmt: skip
+
+
+class PackedRotary(torch.nn.Module):
+    """Rotary embedding by each token's own position; wraps Megatron-Core's, which knows one position per row."""
+
+    def __init__(self, rotary: RotaryEmbedding) -> None:
+        super().__init__()
+        self.rotary = rotary
+
+    def get_rotary_seq_len(self, context, transformer, transformer_input, config, packed_seq_params=None):
+        assert isinstance(packed_seq_params, PackedRow), "models run on packed rows"
+        return packed_seq_params
+
+    def forward(self, row: PackedRow, packed_seq: bool = False, cp_group=None) -> Tensor:
+        """[T, 1, 1, head dim] for rows that our core reads, [longest, 1, 1, head dim] for THD rows."""
+        if packed_seq:
+            return self.rotary(row.max_seqlen_q, packed_seq=True, cp_group=cp_group)
+        longest = -(-row.max_seqlen_q // 256) * 256  # few distinct lengths: the wrapped module caches its tables
+        return self.rotary(longest)[row.positions]
+
+
+class PackedAttention(MegatronModule):
+    """Causal attention over packed rows by torch's scaled_dot_product_attention; no [S, S] mask is kept.
+
+    The counterpart of Megatron-Core's DotProductAttention, which has no packed sequences, and of Transformer Engine's
+    on GPUs, which this one serves beside for generation with a cache.
+    """
+
+    def __init__(
+        self,
+        config: TransformerConfig,
+        layer_number: int,
+        attn_mask_type: AttnMaskType,
+        attention_type: str,
+        attention_dropout: float | None = None,
+        softmax_scale: float | None = None,
+        **_: object,
+    ) -> None:
+        super().__init__(config=config)
+        if config.context_parallel_size > 1:
+            raise ValueError(
+                f"parallel.context: {config.context_parallel_size} needs Transformer Engine; set context: 1 here"
+            )
+        self.layer_number = layer_number
+        self.scale = softmax_scale
+
+    def forward(
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None = None,
+        attn_mask_type: AttnMaskType | None = None,
+        attention_bias: Tensor | None = None,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> Tensor:
+        """query [T, 1, heads / tp, head dim], key and value [T, 1, kv heads / tp, head dim] ->
+        [T, 1, heads / tp * head dim]."""
+        row = packed_seq_params
+        assert isinstance(row, PackedRow), "PackedAttention runs on packed rows"
+        query, key, value = (x.view(x.shape[0], x.shape[-2], x.shape[-1]) for x in (query, key, value))
+        if row.cache is None:
+            out = self._whole(query, key, value, row)
+        elif row.cached_length is None:
+            out = self._prefill(query, key, value, row)
+        else:
+            out = self._decode(query, key, value, row)
+        return out.reshape(out.shape[0], 1, -1)
+
+    def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: int = 0) -> Tensor:
+        """query [s, h, d], key and value [past + s, g, d] -> [s, h, d]"""
+        groups = query.shape[1] // key.shape[1]
+        if groups > 1:
+            key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
+        q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
+        mask = None
+        if past:
+            s = query.shape[0]
+            mask = torch.ones(s, past + s, dtype=torch.bool, device=query.device).tril(past)
+        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0, scale=self.scale)
+        return out[0].transpose(0, 1)
+
+    def _whole(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+        if len(row.lengths) == 1:
+            return self._attend(query, key, value)
+        parts = (x.split(row.lengths) for x in (query, key, value))
+        return torch.cat([self._attend(q, k, v) for q, k, v in zip(*parts)])
+
+    def _prefill(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+        assert row.cache is not None
+        keys, values = row.cache.layer(self.layer_number, key)
+        outs = []
+        parts = (x.split(row.lengths) for x in (query, key, value))
+        for q, k, v, start, place in zip(*parts, row.starts, row.places):
+            end = start + q.shape[0]
+            keys[place, :, start:end] = k.transpose(0, 1)
+            values[place, :, start:end] = v.transpose(0, 1)
+            if start:
+                k, v = keys[place, :, :end].transpose(0, 1), values[place, :, :end].transpose(0, 1)
+            outs.append(self._attend(q, k, v, start))
+        return torch.cat(outs)
+
+    def _decode(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+        assert row.cache is not None and row.positions is not None
+        keys, values = row.cache.layer(self.layer_number, key)
+        batch, heads, dim = query.shape
+        kv_heads = key.shape[1]
+        which = torch.arange(batch, device=query.device)
+        keys[which, :, row.positions] = key
+        values[which, :, row.positions] = value
+        mask = row.keep_mask()
+        longest = mask.shape[-1]
+        # A group's query heads stand where a longer query would: no key is copied per head.
+        grouped = query.view(batch, kv_heads, heads // kv_heads, dim)
+        out = scaled_dot_product_attention(
+            grouped, keys[:batch, :, :longest], values[:batch, :, :longest], attn_mask=mask, scale=self.scale
+        )
+        return out.reshape(batch, heads, dim)

@@ -1,0 +1,50 @@
+"""Moving per-sequence results from the ranks that own them to every rank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+Fields = dict[str, Tensor]
+
+
+def share_fields(items: Sequence[tuple[int, Fields]], owner: bool, device: torch.device) -> dict[int, Fields]:
+    """Every rank gets every owner's items: {key: {field: tensor}}.
+
+    Fields of one name are concatenated along dimension 0, so an owner's part travels as one broadcast per field;
+    memory is the sum of what is shared, whatever the number of ranks. int64 travels as int32 (token ids, lengths).
+
+    Args:
+        items: this rank's (key, fields), ignored where not `owner`. All items have the same fields.
+        owner: whether this rank's items count; exactly one rank must own each key.
+    """
+    world = dist.get_world_size()
+    mine: list[tuple[int, dict[str, tuple[tuple[int, ...], str]]]] | None = None
+    if owner:
+        mine = [(k, {n: (tuple(t.shape), str(t.dtype)) for n, t in f.items()}) for k, f in items]
+    headers: list[list | None] = [None] * world
+    dist.all_gather_object(headers, mine)
+    found: dict[int, Fields] = {}
+    for rank, header in enumerate(headers):
+        if not header:
+            continue
+        names = list(header[0][1])
+        parts: dict[str, Sequence[Tensor]] = {}
+        for name in names:
+            shapes = [h[1][name][0] for h in header]
+            dtype = getattr(torch, header[0][1][name][1].removeprefix("torch."))
+            wire = torch.int32 if dtype == torch.int64 else torch.uint8 if dtype == torch.bool else dtype
+            if rank == dist.get_rank():
+                flat = torch.cat([f[name] for _, f in items]).to(device, wire).contiguous()
+            else:
+                total = sum(s[0] for s in shapes)
+                flat = torch.empty((total, *shapes[0][1:]), dtype=wire, device=device)
+            if world > 1 and flat.numel():
+                dist.broadcast(flat, rank)
+            parts[name] = flat.to("cpu", dtype).split([s[0] for s in shapes])
+        for i, (key, _) in enumerate(header):
+            found[key] = {name: parts[name][i] for name in names}
+    return found

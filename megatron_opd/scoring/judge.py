@@ -1,0 +1,42 @@
+"""From the teacher's scores to what training uses: prune weights, cuts, effective lengths. Identical on every rank."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
+
+from megatron_opd.config import PruneConfig
+from megatron_opd.prune import drift_events, from_events
+from megatron_opd.types import Rollout, ScoredBatch, TeacherScores
+
+
+def judge(rollouts: list[Rollout], scores: list[TeacherScores], prune: PruneConfig) -> ScoredBatch:
+    """Applies the method to one step's answers (method.md, items 2 to 5).
+
+    Without a signal every position has prune weight 1 and counts as reliable. With `cut: reliability` positions behind
+    the effective length are not kept; the denominator counts them all the same.
+    """
+    lengths = [len(r) for r in rollouts]
+    if prune.signal == "none":
+        weights = [torch.ones(n) for n in lengths]
+        return ScoredBatch(rollouts, scores, weights, lengths, lengths, [0] * len(lengths), sum(lengths))
+    mask = pad_sequence([torch.ones(n, dtype=torch.bool) for n in lengths], batch_first=True)
+    result = from_events(_events(scores, mask, prune), mask, prune.w_drop, prune.w_base)
+    effective = result.effective_length.tolist()
+    return ScoredBatch(
+        rollouts=rollouts,
+        scores=scores,
+        prune_weight=[w[:n] for w, n in zip(result.loss_weight, lengths)],
+        kept_length=effective if prune.cut == "reliability" else lengths,
+        effective_length=effective,
+        events=result.total_events.tolist(),
+        response_tokens=sum(lengths),
+    )
+
+
+def _events(scores: list[TeacherScores], mask: Tensor, prune: PruneConfig) -> Tensor:
+    """[B, T] bool"""
+    if prune.signal == "teacher_top_p":
+        return ~pad_sequence([s.accepted for s in scores], batch_first=True, padding_value=True)
+    return drift_events(pad_sequence([s.overlap for s in scores], batch_first=True), mask, prune.threshold)

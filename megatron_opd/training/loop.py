@@ -1,0 +1,90 @@
+"""The training loop: one step on one page."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from megatron_opd.config import Config
+from megatron_opd.rollout.base import Request, Sampling
+from megatron_opd.scoring.judge import judge
+from megatron_opd.scoring.watch import score
+from megatron_opd.training.metrics import PhaseClock, step_metrics
+from megatron_opd.training.run import Run
+
+
+class TrainingStopped(RuntimeError):
+    """The run ended before its last step, for the reason in the message."""
+
+
+def train(config: Config) -> None:
+    """Trains to the last step, from the newest checkpoint of `run_dir` where there is one. Collective."""
+    run = Run(config)
+    try:
+        if config.eval.at_start and run.step == 0:
+            run.evaluate()
+        while run.step < config.train.steps:
+            metrics = step(run)
+            last = run.step == config.train.steps
+            if run.eval_sets and (due(run.step, config.eval.every) or (last and config.eval.at_end)):
+                metrics["accuracy"] = run.evaluate()
+            if run.metrics is not None and run.progress is not None:
+                run.metrics.write(metrics)
+                run.progress.step(metrics)
+            if last or due(run.step, config.checkpoint.every):
+                run.checkpoints.save(run.step, run.state())
+            if run.totals.bad_in_a_row >= config.train.max_bad_steps:
+                raise TrainingStopped(
+                    f"{run.totals.bad_in_a_row} steps in a row were not finite (train.max_bad_steps); the last: "
+                    f"{metrics['skipped']}"
+                )
+    finally:
+        run.close()
+
+
+def step(run: Run) -> dict[str, Any]:
+    """Generate, score, judge, train, hand over: one optimizer step and its metrics."""
+    config, clock = run.config, PhaseClock()
+    prune, settings = config.prune, config.train
+    prompts = run.loader.next_batch(settings.prompts_per_step)
+    copies = settings.answers_per_prompt
+    requests = [Request(prompt, i * copies + j) for i, prompt in enumerate(prompts) for j in range(copies)]
+    budget = run.budget.current
+    sampling = Sampling(
+        max_tokens=budget,
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        top_k=config.rollout.top_k,
+        seed=settings.seed * 1_000_003 + run.step,
+        top_logprobs=prune.k,
+    )
+    rollouts, scores = score(run.engine, run.trainer.teacher, requests, sampling, config, clock)
+    with clock.phase("cut"):
+        batch = judge(rollouts, scores, prune)
+        hit_ratio = run.budget.measure(batch.effective_length)
+        if prune.signal != "none":
+            run.budget.update_from_hit_ratio(hit_ratio)
+    with clock.phase("train"):
+        result = run.training_step(batch)
+    run.step += 1
+    with clock.phase("sync"):
+        run.hand_over()
+    metrics = step_metrics(run.step, clock, batch, run.budget, hit_ratio, budget)
+    metrics |= {"loss": result.loss, "grad_norm": result.grad_norm, "lr": run.trainer.optimizer.param_groups[0]["lr"]}
+    metrics |= {"microbatches": result.microbatches}
+    if result.gap_mean is not None:
+        metrics |= {"rollout_logprob_gap_mean": result.gap_mean, "rollout_logprob_gap_max": result.gap_max}
+        metrics |= {"rollout_logprob_gap_count": result.gap_count}
+    totals = run.totals
+    totals.bad_in_a_row = 0 if result.applied else totals.bad_in_a_row + 1
+    totals.bad_steps += not result.applied
+    if not result.applied:
+        metrics["skipped"] = result.reason
+        run.say(f"step {run.step} skipped: {result.reason}")
+    totals.tokens_generated += metrics["tokens_generated"]
+    totals.tokens_trained += metrics["tokens_trained"]
+    totals.wall_s += metrics["step_s"]
+    return metrics | {"skipped_steps": totals.bad_steps, "wall_s": totals.wall_s}
+
+
+def due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

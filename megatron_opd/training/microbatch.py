@@ -1,0 +1,82 @@
+"""One micro-batch of the training schedule: a packed row of kept sequences and what the loss needs at each token."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_opd.losses import DistillTargets
+from megatron_opd.models.build import Model
+from megatron_opd.models.packed import PackedRow
+from megatron_opd.parallel.packing import plan_microbatches
+from megatron_opd.types import ScoredBatch
+
+
+@dataclass
+class MicroBatch:
+    """T tokens of this row; positions that predict no kept response token have prune weight 0."""
+
+    tokens: Tensor  # [T] int64
+    row: PackedRow
+    targets: DistillTargets  # [T, K] and [T]
+    weight: Tensor  # [T] float32
+    rollout_logprobs: Tensor  # [T] float32, 0 where no response token is predicted
+    predicts: Tensor  # [T] bool, a kept response token is predicted here
+
+
+def kept_tokens(batch: ScoredBatch) -> list[int]:
+    """Tokens that each sequence feeds through the schedule: prompt and kept response, less the last; 0 for none."""
+    return [len(r.prompt.tokens) + kept - 1 if kept else 0 for r, kept in zip(batch.rollouts, batch.kept_length)]
+
+
+def plan_training(student: Model, batch: ScoredBatch, tokens_per_microbatch: int) -> tuple[tuple[int, ...], ...]:
+    """This data-parallel rank's micro-batches, as lists of places in the batch."""
+    parallel = student.layout.parallel
+    plan = plan_microbatches(
+        kept_tokens(batch),
+        student.layout.data_size,
+        tokens_per_microbatch,
+        parallel.pipeline,
+        multiple_of=parallel.pipeline if parallel.virtual_pipeline > 1 else 1,
+        equal_counts=parallel.expert > 1,
+    )
+    return plan.microbatches[student.layout.data_rank]
+
+
+def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...], jsd_beta: float) -> MicroBatch:
+    """The row of the named sequences on this rank's device. Without members: one padding token that weighs nothing."""
+    lengths = [kept_tokens(batch)[i] for i in members]
+    row, total = student.row(lengths or [1])
+    width = batch.rollouts[0].topk_ids.shape[1]
+    tokens = torch.zeros(total, dtype=torch.int64)
+    sampled = torch.zeros(total, dtype=torch.int64)
+    ids = torch.arange(width).repeat(total, 1)  # distinct ids: rows without a target weigh nothing
+    teacher = torch.zeros(total, width)
+    teacher_sampled, weight, logprobs = torch.zeros(total), torch.zeros(total), torch.zeros(total)
+    predicts = torch.zeros(total, dtype=torch.bool)
+    at = 0
+    for i, length in zip(members, lengths):
+        rollout, score, kept = batch.rollouts[i], batch.scores[i], batch.kept_length[i]
+        prompt = len(rollout.prompt.tokens)
+        tokens[at : at + prompt] = torch.tensor(rollout.prompt.tokens)
+        tokens[at + prompt : at + length] = rollout.tokens[: kept - 1]
+        where = slice(at + prompt - 1, at + length)
+        sampled[where] = rollout.tokens[:kept]
+        ids[where] = rollout.topk_ids[:kept]
+        teacher[where] = score.logprobs[:kept]
+        teacher_sampled[where] = score.sampled_logprobs[:kept]
+        weight[where] = batch.prune_weight[i][:kept]
+        logprobs[where] = rollout.logprobs[:kept]
+        predicts[where] = True
+        at += length
+    device = student.device
+    targets = DistillTargets(
+        student_ids=ids.to(device),
+        teacher_logprobs=teacher.to(device),
+        sampled_ids=sampled.to(device),
+        teacher_sampled_logprobs=teacher_sampled.to(device),
+        jsd_beta=jsd_beta,
+    )
+    return MicroBatch(tokens.to(device), row, targets, weight.to(device), logprobs.to(device), predicts.to(device))

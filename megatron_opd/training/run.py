@@ -1,0 +1,145 @@
+"""One run: everything that `loop.train` works with, built once."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from megatron_opd.checkpoint.checkpointer import Checkpointer
+from megatron_opd.config import Config, ConfigError, dump_config
+from megatron_opd.data.loader import PromptLoader
+from megatron_opd.data.prompts import load_prompts
+from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
+from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
+from megatron_opd.models.weights import export_hf_weights
+from megatron_opd.prune import ResponseBudget
+from megatron_opd.rollout.base import RolloutEngine
+from megatron_opd.rollout.factory import make_engine
+from megatron_opd.training.metrics import MetricsLog, StepProgress
+from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
+from megatron_opd.training.step import TrainingStep
+
+
+@dataclass
+class Totals:
+    """Sums over the whole run, resumes included; they are part of the checkpoint."""
+
+    tokens_generated: int = 0
+    tokens_trained: int = 0
+    wall_s: float = 0.0
+    bad_steps: int = 0  # steps skipped for NaN or a spike
+    bad_in_a_row: int = 0
+
+
+class Run:
+    """See the module's docstring. `step` counts finished steps."""
+
+    def __init__(self, config: Config) -> None:
+        self.config = config
+        self.device = init_distributed(config)
+        self.is_writer = dist.get_rank() == 0
+        self.tokenizer, notes = load_tokenizers(config)
+        prompts = load_prompts(config.data, self.tokenizer)
+        self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)
+        self.loader = PromptLoader(prompts, config.train.seed, config.data.shuffle)
+        self.trainer: Trainer = build_trainer(config, self.device)
+        student = self.trainer.student
+        check_model_vocabulary(self.tokenizer, student.vocab_size, config.student.model)
+        check_vocabularies(self.trainer)
+        self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
+        self.training_step = TrainingStep(self.trainer, config)
+        self.budget = make_budget(config)
+        self.totals = Totals()
+        self.step = 0
+        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
+        self.checkpoints = Checkpointer(config, self.trainer)
+        self.progress = StepProgress(config.train.steps, 0) if self.is_writer else None
+        for note in [*notes, prompts.summary()]:
+            self.say(note)
+        self._resume()
+        self.metrics = MetricsLog(config.run_dir, self.step + 1) if self.is_writer else None
+        if self.is_writer:
+            Path(config.run_dir, "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        self.hand_over()
+
+    def say(self, text: str) -> None:
+        if self.progress is not None:
+            self.progress.say(text)
+
+    def hand_over(self) -> None:
+        """Gives the engine the current parameters; also before the first step, so that a broken path fails early."""
+        student = self.trainer.student
+        bucket = self.config.rollout.bucket_mb << 20
+        self.engine.update_parameters(
+            lambda: export_hf_weights(student.chunks, student.bridge, student.layout.groups, bucket), self.step
+        )
+
+    def evaluate(self) -> dict[str, float]:
+        """Accuracy (avg@k) of each data set with the engine's parameters."""
+        out = os.path.join(self.config.run_dir, "eval")
+        result = evaluate(self.engine, self.eval_sets, self.tokenizer, self.config.eval, out, self.step, self.is_writer)
+        for name, numbers in result["sets"].items():
+            self.say(f"step {self.step}  eval {name}: accuracy {numbers['accuracy']:.3f}")
+        return result["accuracy"]
+
+    def state(self) -> dict[str, Any]:
+        """What a resume needs beside parameters and optimizer."""
+        return {
+            "step": self.step,
+            "budget": self.budget.state_dict(),
+            "loader": self.loader.state_dict(),
+            "totals": vars(self.totals).copy(),
+            "norms": list(self.training_step.norms),
+            "torch_rng": torch.get_rng_state().tolist(),
+        }
+
+    def _resume(self) -> None:
+        state = self.checkpoints.load_latest(say=self.say)
+        if state is None:
+            return
+        self.step = state["step"]
+        self.budget.load_state_dict(state["budget"])
+        self.loader.load_state_dict(state["loader"])
+        self.totals = Totals(**state["totals"])
+        self.training_step.norms = state["norms"]
+        torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
+        self.say(f"resumed at step {self.step}")
+
+    def close(self) -> None:
+        self.checkpoints.close()
+        self.engine.close()
+        if self.metrics is not None:
+            self.metrics.close()
+        if self.progress is not None:
+            self.progress.close()
+
+
+def load_tokenizers(config: Config) -> tuple[Tokenizer, list[str]]:
+    """The student's tokenizer and remarks on harmless differences to the teacher's; raises on any other."""
+    tokenizer = load_tokenizer(config.data.tokenizer or config.student.model)
+    return tokenizer, compare_tokenizers(tokenizer, load_tokenizer(config.teacher.model))
+
+
+def check_vocabularies(trainer: Trainer) -> None:
+    """Raises ConfigError where student and teacher embed different numbers of tokens."""
+    student, teacher = trainer.student, trainer.teacher
+    if student.vocab_size != teacher.vocab_size:
+        raise ConfigError(
+            f"student.model has a vocabulary of {student.vocab_size}, teacher.model one of {teacher.vocab_size}; "
+            "the overlap compares them id by id, so they must be equal"
+        )
+
+
+def make_budget(config: Config) -> ResponseBudget:
+    """The budget controller; without a signal it stays at the maximum."""
+    settings = config.prune.budget
+    initial = settings.maximum if config.prune.signal == "none" else settings.initial
+    return ResponseBudget(
+        initial, settings.minimum, settings.maximum, settings.step, settings.margin, settings.hit_ratio,
+        settings.patience,
+    )  # fmt: skip

@@ -1,0 +1,126 @@
+"""Builds everything that a run needs, from the config alone."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
+from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+
+from megatron_opd.config import Config, TrainConfig
+from megatron_opd.models.build import Model, build_model, check_layout
+from megatron_opd.models.platform import apply_cpu_platform, use_cpu
+from megatron_opd.models.specs import refuse_foreign_apex
+from megatron_opd.parallel.groups import student_layout, teacher_layout
+
+
+@dataclass
+class Trainer:
+    """The student with what trains it, and the teacher."""
+
+    student: Model
+    teacher: Model
+    ddp: list[torch.nn.Module]  # the student's chunks, wrapped
+    optimizer: Any
+    scheduler: OptimizerParamScheduler
+
+
+def init_distributed(config: Config) -> torch.device:
+    """Joins the process group that torchrun or srun started; a lone process makes its own of one."""
+    refuse_foreign_apex()
+    cpu = use_cpu(config.device)
+    if cpu:
+        apply_cpu_platform()
+        device = torch.device("cpu")
+    else:
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    if not dist.is_initialized():
+        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+            os.environ.setdefault(name, value)
+        dist.init_process_group(
+            "gloo" if cpu else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=config.train.watchdog_s)
+        )
+    torch.manual_seed(config.train.seed)
+    return device
+
+
+def build_trainer(config: Config, device: torch.device) -> Trainer:
+    """Both models in their layouts, and the student's optimizer. Collective."""
+    check_layout("student", config.student)
+    check_layout("teacher", config.teacher)
+    layouts = student_layout(config.student.parallel), teacher_layout(config.teacher.parallel)
+    if device.type == "cuda":
+        from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
+
+        model_parallel_cuda_manual_seed(config.train.seed)
+    student = build_model("student", config.student, layouts[0], device)
+    teacher = build_model("teacher", config.teacher, layouts[1], device)
+    for chunk in teacher.chunks:
+        chunk.requires_grad_(False)
+    ddp = wrap_ddp(student, config.train)
+    optimizer = build_optimizer(student, ddp, config.train)
+    return Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train))
+
+
+def wrap_ddp(student: Model, train: TrainConfig) -> list[torch.nn.Module]:
+    """Megatron-Core's DistributedDataParallel around each chunk; gradients are summed in fp32."""
+    settings = DistributedDataParallelConfig(
+        grad_reduce_in_fp32=True,
+        overlap_grad_reduce=False,  # replicas run different numbers of micro-batches
+        use_distributed_optimizer=train.distributed_optimizer,
+        check_for_nan_in_grad=False,  # checked once a step, where the step can be skipped
+    )
+    ddp: list[torch.nn.Module] = [
+        DistributedDataParallel(
+            student.config, settings, chunk, disable_bucketing=number > 0, pg_collection=student.layout.groups
+        )
+        for number, chunk in enumerate(student.chunks)
+    ]
+    student.config.finalize_model_grads_func = finalize_model_grads
+    return ddp
+
+
+def build_optimizer(student: Model, ddp: list[torch.nn.Module], train: TrainConfig) -> Any:
+    """Megatron-Core's AdamW with fp32 main parameters."""
+    bf16 = student.config.params_dtype == torch.bfloat16
+    settings = OptimizerConfig(
+        optimizer="adam",
+        lr=train.lr,
+        min_lr=train.min_lr,
+        weight_decay=train.weight_decay,
+        adam_beta1=train.adam_beta1,
+        adam_beta2=train.adam_beta2,
+        adam_eps=train.adam_eps,
+        clip_grad=train.clip_grad,
+        bf16=bf16,
+        params_dtype=student.config.params_dtype,
+        use_distributed_optimizer=train.distributed_optimizer,
+    )
+    return get_megatron_optimizer(settings, ddp)
+
+
+def build_scheduler(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:
+    """Megatron-Core's learning rate scheduler, counted in optimizer steps."""
+    scheduler = OptimizerParamScheduler(
+        optimizer,
+        init_lr=0.0,
+        max_lr=train.lr,
+        min_lr=train.min_lr,
+        lr_warmup_steps=train.warmup_steps,
+        lr_decay_steps=train.steps,
+        lr_decay_style=train.lr_schedule,
+        start_wd=train.weight_decay,
+        end_wd=train.weight_decay,
+        wd_incr_steps=0,
+        wd_incr_style="constant",
+        use_checkpoint_opt_param_scheduler=False,
+        override_opt_param_scheduler=True,
+    )
+    return scheduler

@@ -1,0 +1,134 @@
+"""The student's forward and backward over one scored batch, and the update.
+
+The loss is the sum over kept response positions of prune weight times distillation loss, divided by the response
+tokens of the global batch: the same gradient under every layout and every split into micro-batches.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opd.config import Config
+from megatron_opd.losses import get_loss, vocab_parallel_logprobs
+from megatron_opd.parallel.schedule import run_schedule
+from megatron_opd.training.microbatch import MicroBatch, build_microbatch, plan_training
+from megatron_opd.training.setup import Trainer
+from megatron_opd.types import ScoredBatch
+
+
+@dataclass
+class StepResult:
+    """What one optimizer step did. Identical on every rank."""
+
+    loss: float
+    grad_norm: float
+    applied: bool  # False: loss or gradients were not finite, or a spike; the parameters are unchanged
+    reason: str  # why it was not applied
+    microbatches: int  # of this rank's pipeline
+    gap_mean: float | None  # |rollout - student| log-prob on sampled tokens, nats; None where not measured
+    gap_max: float | None
+    gap_count: int  # tokens above rollout.gap_threshold
+
+
+class TrainingStep:
+    """Forward, backward and update; remembers gradient norms to recognise a spike."""
+
+    def __init__(self, trainer: Trainer, config: Config) -> None:
+        self.trainer, self.config = trainer, config
+        self.loss = get_loss(config.loss.kind)
+        self.measure_gap = config.rollout.engine != "megatron"
+        self.norms: list[float] = []
+
+    def __call__(self, batch: ScoredBatch) -> StepResult:
+        trainer = self.trainer
+        for chunk in trainer.ddp:
+            chunk.train()
+            chunk.zero_grad_buffer()
+        trainer.optimizer.zero_grad()
+        plan = plan_training(trainer.student, batch, self.config.train.tokens_per_microbatch)
+        sums = self._forward_backward(batch, plan)
+        loss, gap_sum, gap_count, gap_tokens, gap_max = sums
+        trainer.optimizer.prepare_grads()
+        norm = float(trainer.optimizer.get_grad_norm())
+        reason = self._refuse(loss, norm)
+        if not reason:
+            trainer.optimizer.step()
+            trainer.scheduler.step(increment=1)
+            self.norms = [*self.norms[-99:], norm]
+        measured = self.measure_gap and gap_tokens > 0
+        return StepResult(
+            loss, norm, not reason, reason, len(plan),
+            gap_sum / gap_tokens if measured else None, gap_max if measured else None, int(gap_count),
+        )  # fmt: skip
+
+    def _forward_backward(self, batch: ScoredBatch, plan: tuple[tuple[int, ...], ...]) -> list[float]:
+        student, config = self.trainer.student, self.config
+        built = [build_microbatch(student, batch, members, config.loss.jsd_beta) for members in plan]
+        collected = run_schedule(
+            lambda iterator, chunk: self._forward(iterator, chunk, batch.response_tokens),
+            self.trainer.ddp,
+            student.config,
+            student.layout,
+            built,
+            [micro.tokens.numel() for micro in built],
+        )
+        sums = torch.zeros(4, dtype=torch.float64, device=student.device)
+        peak = torch.zeros(1, dtype=torch.float64, device=student.device)
+        if student.layout.owns_results:
+            for part in collected:
+                sums += part[:4]
+                peak = torch.maximum(peak, part[4:])
+        dist.all_reduce(sums)
+        dist.all_reduce(peak, op=dist.ReduceOp.MAX)
+        return [*sums.tolist(), *peak.tolist()]
+
+    def _forward(self, iterator: Iterator[MicroBatch], chunk: torch.nn.Module, denominator: int):
+        micro = next(iterator)
+        out = chunk(micro.tokens[None], None, None, packed_seq_params=micro.row)
+        return out, lambda output: self._loss(output[0], micro, denominator)
+
+    def _loss(self, logits: Tensor, micro: MicroBatch, denominator: int) -> tuple[Tensor, Tensor, Tensor]:
+        """logits [T, vocab / tp] -> loss, a token count of zero (the division is done here) and the step's sums."""
+        student, group = self.trainer.student, self.trainer.student.layout.groups.tp
+        part = torch.zeros(5, dtype=torch.float64, device=logits.device)
+        weight, targets = micro.weight, micro.targets
+        if self.measure_gap:
+            with torch.no_grad():
+                own = vocab_parallel_logprobs(logits.detach(), targets.sampled_ids[:, None], group, student.vocab_size)
+            difference = (own[:, 0] - micro.rollout_logprobs)[micro.predicts]
+            gap = difference.abs()
+            part[1], part[3] = gap.sum(), gap.numel()
+            part[2] = (gap > self.config.rollout.gap_threshold).sum()
+            part[4] = gap.max() if gap.numel() else 0.0
+            if self.config.rollout.importance_clip is not None:
+                ratio = torch.ones_like(weight)
+                ratio[micro.predicts] = difference.exp().clamp(max=self.config.rollout.importance_clip)
+                weight = weight * ratio
+        total = self.loss(
+            logits,
+            targets,
+            weight,
+            group,
+            vocab_size=student.vocab_size,
+            chunk_tokens=self.config.loss.chunk_tokens,
+        )
+        loss = total / denominator
+        part[0] = loss.detach().double()
+        return loss, torch.zeros((), dtype=torch.int, device=logits.device), part
+
+    def _refuse(self, loss: float, norm: float) -> str:
+        if not math.isfinite(loss):
+            return f"loss is {loss}"
+        if not math.isfinite(norm):
+            return f"gradient norm is {norm}"
+        factor = self.config.train.spike_factor
+        if factor and len(self.norms) >= 10 and norm > factor * median(self.norms):
+            return f"gradient norm {norm:.4g} exceeds {factor} x the running median {median(self.norms):.4g}"
+        return ""
