@@ -234,6 +234,8 @@ class PruneConfig(_Section):
     @classmethod
     def _preset(cls, values: Any) -> Any:
         if isinstance(values, dict):
+            if values.get("preset") is False:  # YAML reads a bare off as false
+                values = {**values, "preset": "off"}
             return {**PRESETS.get(values.get("preset", "paper"), {}), **values}
         return values
 
