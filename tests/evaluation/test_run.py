@@ -1,0 +1,259 @@
+"""Whole evaluations with an engine that writes down its answers instead of thinking of them."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from megatron_opd.config import DataConfig, EvalConfig
+from megatron_opd.data.sources import DataError
+from megatron_opd.data.tokenizer import load_tokenizer
+from megatron_opd.evaluation.run import EvaluationError, evaluate, load_eval_sets
+from megatron_opd.rollout.base import RolloutEngine
+from megatron_opd.types import END_EOS, END_LENGTH, Rollout
+from tests.distributed import run_distributed
+from tests.test_data.make_tokenizers import make_hugging_face, make_sentencepiece
+
+OWN = "tests.evaluation.own_verifiers:misbehave"
+
+
+class Scripted(RolloutEngine):
+    """Answers "N" or "N+1" to the prompt "N", by a coin that (seed, index) decides, as a real engine's sampler does."""
+
+    def __init__(self, tokenizer, die_after: int | None = None, version: int = 7):
+        self.tokenizer, self.die_after, self.weight_version = tokenizer, die_after, version
+        self.asked: list[tuple[str, int]] = []
+        self.samplings: list = []
+
+    def generate(self, requests, sampling, watch=None, segment=128):
+        if self.die_after is not None and len(self.asked) >= self.die_after:
+            raise KeyboardInterrupt
+        self.samplings.append(sampling)
+        rollouts = []
+        for r in requests:
+            self.asked.append((r.prompt.text, r.index))
+            right = random.Random(f"{sampling.seed}/{r.index}").random() < 0.5
+            text = r.prompt.answer if right else f"{r.prompt.answer}1"
+            ids = [*self.tokenizer.encode(text), 1]
+            cut = len(ids) > sampling.max_tokens
+            ids = torch.tensor(ids[: sampling.max_tokens])
+            reason, none = END_LENGTH if cut else END_EOS, torch.zeros(len(ids), 0)
+            rollouts.append(
+                Rollout(r.prompt, r.index, ids, torch.zeros(len(ids)), none.long(), none, reason, self.weight_version)
+            )
+        return rollouts
+
+    def update_parameters(self, named_parameters, version):
+        self.weight_version = version
+
+    def probe(self, tokens):
+        raise NotImplementedError("an evaluation asks for answers alone")
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory):
+    return load_tokenizer(make_sentencepiece(tmp_path_factory.mktemp("sp")))
+
+
+def prompts_file(folder: Path, name: str = "p.jsonl", answers=tuple(range(10, 16))) -> str:
+    path = folder / name
+    path.write_text("".join(json.dumps({"prompt": f"{a}?", "answer": str(a)}) + "\n" for a in answers))
+    return str(path)
+
+
+def setup(tokenizer, prompts: str, chunk=6, save=True, **changes):
+    one = {
+        "name": "easy",
+        "prompts": prompts,
+        "verifier": "exact",
+        "answers_per_prompt": 3,
+        "max_tokens": 50,
+        **changes,
+    }
+    settings = EvalConfig.model_validate({"sets": [one], "chunk_answers": chunk, "save_answers": save, "seed": 5})
+    return settings, load_eval_sets(settings, DataConfig(prompts=prompts, template="none"), tokenizer)
+
+
+def records(path) -> list[dict]:
+    return [json.loads(line) for line in Path(path).read_text().splitlines()]
+
+
+def test_numbers_and_the_file_for_reading(tokenizer, tmp_path):
+    settings, sets = setup(tokenizer, prompts_file(tmp_path), temperature=0.5, top_p=0.9)
+    engine = Scripted(tokenizer)
+    result = evaluate(engine, sets, tokenizer, settings, tmp_path / "eval", 20, True)
+    right = [[random.Random(f"5/{i * 3 + s}").random() < 0.5 for s in range(3)] for i in range(6)]
+    expected = sum(map(sum, right)) / 18
+    assert result["accuracy"] == {"easy": pytest.approx(expected)}
+    numbers = result["sets"]["easy"]
+    assert numbers["avg@3"] == pytest.approx(expected)
+    assert numbers["pass@3"] == pytest.approx(sum(map(any, right)) / 6)
+    assert numbers["maj@3"] == pytest.approx(sum(sum(r) >= 2 for r in right) / 6)
+    assert numbers["avg@3_low"] <= expected <= numbers["avg@3_high"]
+    assert (numbers["truncated"], numbers["too_long"], numbers["verifier_problems"]) == (0, 0, 0)
+    assert result["problems"] == {}
+    used = engine.samplings[0]
+    assert (used.max_tokens, used.temperature, used.top_p, used.seed, used.top_logprobs) == (50, 0.5, 0.9, 5, 0)
+    lines = records(tmp_path / "eval" / "easy-step20.jsonl")
+    assert len(lines) == 18 and numbers["length_mean"] == sum(x["length"] for x in lines) / 18
+    for line in lines:
+        assert line["correct"] == right[line["uid"]][line["sample"]] == (line["response"] == line["answer"])
+        assert (line["prompt"], line["weight_version"]) == (f"{line['answer']}?", 7)
+        assert (line["extracted"], line["truncated"], line["problem"]) == (line["response"], False, None)
+    assert json.loads((tmp_path / "eval" / "step20.json").read_text()) == {"step": 20, **result}
+
+
+def test_truncation_is_reported(tokenizer, tmp_path):
+    settings, sets = setup(tokenizer, prompts_file(tmp_path), max_tokens=2)
+    result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 0, True)
+    assert result["sets"]["easy"]["truncated"] == 1.0 and result["sets"]["easy"]["length_mean"] == 2
+
+
+def test_several_sets(tokenizer, tmp_path):
+    one = {"prompts": prompts_file(tmp_path), "verifier": "exact"}
+    many = [{"name": n, **one, "answers_per_prompt": k} for n, k in (("a", 1), ("b", 2))]
+    settings = EvalConfig.model_validate({"sets": many})
+    sets = load_eval_sets(settings, DataConfig(prompts="x", template="none"), tokenizer)
+    result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 0, True)
+    assert list(result["accuracy"]) == ["a", "b"] and "avg@1" in result["sets"]["a"] and "avg@2" in result["sets"]["b"]
+
+
+@pytest.mark.parametrize("damage", ["none", "half a line", "no newline", "broken line"])
+def test_an_interrupted_evaluation_goes_on_where_it_stopped(tokenizer, tmp_path, damage):
+    settings, sets = setup(tokenizer, prompts_file(tmp_path))
+    whole = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path / "whole", 1, True)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(Scripted(tokenizer, die_after=12), sets, tokenizer, settings, tmp_path / "cut", 1, True)
+    path = tmp_path / "cut" / "easy-step1.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    assert len(lines) == 12
+    if damage == "half a line":
+        lines[-1] = lines[-1][:30]
+    elif damage == "no newline":
+        lines[-1] = lines[-1][:-1]
+    elif damage == "broken line":
+        lines[4] = b"\x00\x00\n"
+    path.write_bytes(b"".join(lines))
+    engine = Scripted(tokenizer)
+    assert evaluate(engine, sets, tokenizer, settings, tmp_path / "cut", 1, True) == whole
+    assert len(engine.asked) == (6 if damage == "none" else 7)
+    assert {r["key"]: r for r in records(path)} == {
+        r["key"]: r for r in records(tmp_path / "whole" / "easy-step1.jsonl")
+    }
+    assert len(records(path)) == 18
+    again = Scripted(tokenizer)
+    assert evaluate(again, sets, tokenizer, settings, tmp_path / "cut", 1, True) == whole
+    assert again.asked == []
+
+
+def test_answers_of_other_settings_are_not_taken(tokenizer, tmp_path):
+    prompts = prompts_file(tmp_path)
+    settings, sets = setup(tokenizer, prompts)
+    evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 1, True)
+    path = tmp_path / "easy-step1.jsonl"
+
+    def asked(engine=None, model_id="", **changes):
+        own_settings, own_sets = setup(tokenizer, changes.pop("prompts", prompts), **changes)
+        engine = engine or Scripted(tokenizer)
+        evaluate(engine, own_sets, tokenizer, own_settings, tmp_path, 1, True, model_id)
+        assert len(records(path)) == len({r["key"] for r in records(path)})
+        return len(engine.asked)
+
+    assert asked() == 0
+    assert asked(limit=2) == 0 and len(records(path)) == 6  # a part of the same
+    assert asked() == 12
+    assert asked(temperature=0.9) == 18
+    old = records(tmp_path / "easy-step1.old.jsonl")
+    assert len(old) == 18 and not {r["key"] for r in old} & {r["key"] for r in records(path)}
+    assert asked(temperature=0.9, max_tokens=49) == 18
+    assert asked(engine=Scripted(tokenizer, version=8)) == 18
+    assert asked(engine=Scripted(tokenizer, version=8), model_id="other checkpoint") == 18
+    changed = prompts_file(tmp_path, "q.jsonl", (10, 11, 99, 13, 14, 15))
+    assert asked(engine=Scripted(tokenizer, version=8), model_id="other checkpoint", prompts=changed) == 3
+
+
+def test_without_saving_nothing_but_the_summary_is_written(tokenizer, tmp_path):
+    settings, sets = setup(tokenizer, prompts_file(tmp_path), save=False)
+    result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path / "eval", 1, True)
+    assert result["sets"]["easy"]["answers"] == 18
+    assert [p.name for p in (tmp_path / "eval").iterdir()] == ["step1.json"]
+
+
+def test_a_verifier_that_hangs_or_crashes_is_reported_and_the_rest_counts(tmp_path):
+    tokenizer = load_tokenizer(make_hugging_face(tmp_path / "tokenizer"))  # spells any word
+
+    class Fixed(Scripted):
+        def generate(self, requests, sampling, watch=None, segment=128):
+            rollouts = super().generate(requests, sampling)
+            for r in rollouts:
+                r.tokens = torch.tensor([*self.tokenizer.encode(r.prompt.answer), 2])
+            return rollouts
+
+    path = prompts_file(tmp_path, answers=("raise", "is", "die", "a", "hang"))
+    settings, sets = setup(tokenizer, path, verifier=OWN, answers_per_prompt=1)
+    settings.verifier_timeout_s = 1
+    result = evaluate(Fixed(tokenizer), sets, tokenizer, settings, tmp_path, 1, True)
+    assert result["accuracy"]["easy"] == pytest.approx(2 / 5)
+    assert result["sets"]["easy"]["verifier_problems"] == 3
+    assert result["problems"]["easy"] == [
+        "prompt 0, sample 0: the verifier failed: ZeroDivisionError: on purpose",
+        "prompt 2, sample 0: the verifier's process died (exit code 3)",
+        "prompt 4, sample 0: the verifier took longer than 1 s",
+    ]
+    assert "on purpose" in records(tmp_path / "easy-step1.jsonl")[0]["problem"]
+
+
+def test_errors_say_what_is_wrong(tokenizer, tmp_path):
+    settings, sets = setup(tokenizer, prompts_file(tmp_path))
+    blocked = tmp_path / "file"
+    blocked.touch()
+    with pytest.raises(EvaluationError, match="file"):
+        evaluate(Scripted(tokenizer), sets, tokenizer, settings, blocked, 1, True)
+    bad_settings, bad_sets = setup(tokenizer, prompts_file(tmp_path), verifier="no.such:f")
+    with pytest.raises(EvaluationError, match="verifier no.such:f cannot start: ModuleNotFoundError"):
+        evaluate(Scripted(tokenizer), bad_sets, tokenizer, bad_settings, tmp_path, 1, True)
+    with pytest.raises(ValueError, match="is_writer must be true on rank 0"):
+        evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 1, False)
+
+    class Old(Scripted):
+        def generate(self, *arguments):
+            rollouts = super().generate(*arguments)
+            rollouts[2].weight_version = 6
+            return rollouts
+
+    with pytest.raises(EvaluationError, match=r"weight versions \[6\], the engine holds 7"):
+        evaluate(Old(tokenizer), sets, tokenizer, settings, tmp_path / "old", 1, True)
+    with pytest.raises(DataError, match="eval set easy: .*none.jsonl: no such file"):
+        setup(tokenizer, str(tmp_path / "none.jsonl"))
+
+
+def _on_two_ranks(rank: int, world_size: int, folder: str, tokenizer_folder: str):
+    tokenizer = load_tokenizer(tokenizer_folder)
+    settings, sets = setup(tokenizer, str(Path(folder) / "p.jsonl"))
+    out = Path(folder) / "ranks"
+    result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, out, 1, rank == 0)
+    engine = Scripted(tokenizer)
+    again = evaluate(engine, sets, tokenizer, settings, out, 1, rank == 0)
+    failure = ""
+    try:
+        evaluate(Scripted(tokenizer), sets, tokenizer, settings, Path(folder) / "p.jsonl", 1, rank == 0)
+    except EvaluationError as error:
+        failure = str(error)
+    dist.barrier()
+    return result, again, len(engine.asked), failure
+
+
+def test_every_rank_gets_the_result_and_the_failure(tokenizer, tmp_path):
+    prompts = prompts_file(tmp_path)
+    settings, sets = setup(tokenizer, prompts)
+    alone = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path / "alone", 1, True)
+    ranks = run_distributed(2, _on_two_ranks, str(tmp_path), str(Path(tokenizer.path).parent))
+    for result, again, asked, failure in ranks:
+        assert result == again == alone
+        assert asked == 0
+        assert "p.jsonl" in failure
