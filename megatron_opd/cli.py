@@ -10,12 +10,18 @@ from collections.abc import Callable
 
 from megatron_opd.config import Config, ConfigError, all_keys, load_config
 
+_COMMANDS = (
+    ("train", "train a student"),
+    ("eval", "evaluate a checkpoint"),
+    ("doctor", "check packages, layouts, models, prompts and disk before a run"),
+)
+
 
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `megatron-opd`; returns the exit code."""
     parser = argparse.ArgumentParser(prog="megatron-opd", description="On-policy distillation on Megatron-Core.")
     commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in (("train", "train a student"), ("eval", "evaluate a checkpoint")):
+    for name, text in _COMMANDS:
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=500")
@@ -45,24 +51,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, config: Config) -> int:
     """Runs one process's part of a command."""
-    from megatron_opd.training.loop import train
-
-    command: Callable[[], None]
     if options.command == "train":
-        command = lambda: train(config)  # noqa: E731
-    else:
-        from megatron_opd.evaluation.command import evaluate_checkpoint
+        from megatron_opd.training.loop import train
 
-        command = lambda: evaluate_checkpoint(config, options.checkpoint)  # noqa: E731
-    return guarded(command)
+        return guarded(lambda: train(config))
+    if options.command == "doctor":
+        from megatron_opd.training.doctor import diagnose
+
+        return guarded(lambda: diagnose(config))
+    from megatron_opd.training.evaluate import evaluate_checkpoint
+
+    return guarded(lambda: evaluate_checkpoint(config, options.checkpoint))
 
 
-def guarded(command: Callable[[], None]) -> int:
+def guarded(command: Callable[[], int | None]) -> int:
     """Runs it; errors that explain themselves are printed without a traceback, by one rank."""
     from megatron_opd.errors import exit_code_of, explains_itself
 
     try:
-        command()
+        return 1 if command() else 0
     except Exception as error:
         if not explains_itself(error):
             raise
@@ -71,7 +78,6 @@ def guarded(command: Callable[[], None]) -> int:
         return exit_code_of(error)
     finally:
         leave_process_group()
-    return 0
 
 
 def leave_process_group() -> None:

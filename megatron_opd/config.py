@@ -497,14 +497,29 @@ def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None
         key, sign, value = item.partition("=")
         if not sign:
             raise ConfigError(f"override {item!r} is not of the form key.path=value")
-        leaf = values
-        *sections, last = key.strip().split(".")
-        for name in sections:
-            leaf = leaf.setdefault(name, {})
-            if not isinstance(leaf, dict):
-                raise ConfigError(f"override {item!r}: {name} is a value, not a section")
-        leaf[last] = yaml.safe_load(value)
+        _override(values, item, key.strip().split("."), yaml.safe_load(value))
     return parse_config(values)
+
+
+def _override(values: dict[str, Any], item: str, path: list[str], value: Any) -> None:
+    """Sets one key; a number in the path is a place in a list (eval.sets.0.limit)."""
+    leaf: Any = values
+    for depth, name in enumerate(path):
+        if isinstance(leaf, list):
+            if not name.isdigit() or int(name) >= len(leaf):
+                where = ".".join(path[:depth])
+                raise ConfigError(f"override {item!r}: {where} is a list of {len(leaf)}; name a place from 0 on")
+            place: Any = int(name)
+        elif isinstance(leaf, dict):
+            place = name
+        else:
+            raise ConfigError(f"override {item!r}: {'.'.join(path[:depth])} is a value, not a section")
+        if depth == len(path) - 1:
+            leaf[place] = value
+        elif isinstance(leaf, list):
+            leaf = leaf[place]
+        else:
+            leaf = leaf.setdefault(place, {})
 
 
 def parse_config(values: dict[str, Any]) -> Config:

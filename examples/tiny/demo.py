@@ -1,0 +1,180 @@
+"""The demo: plain on-policy distillation against Prune-OPD on the embedded example, in one measured run.
+
+    make demo                                  or: python examples/tiny/demo.py [--out runs/demo] [--quick]
+
+Two pairs of student and teacher. On the drifting pair the student leaves the teacher's path early, so most of what
+plain distillation generates is wasted; on the close pair nearly everything is worth generating. Each pair is trained
+with the same seed, prompts and number of steps, by two processes: the student with tensor and sequence parallelism,
+the teacher with pipeline parallelism. Prints one table and writes report.html with the curves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import io
+import json
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+RUNS = (("drifting", "off"), ("drifting", "paper"), ("drifting", "in_flight"), ("close", "off"), ("close", "paper"))
+NAMES = {"off": "plain OPD", "paper": "Prune-OPD", "in_flight": "Prune-OPD in flight"}
+COLORS = {"off": "#8a8f98", "paper": "#1f6feb", "in_flight": "#d9730d"}
+
+
+@dataclass
+class Result:
+    """One training run, read back from its directory."""
+
+    pair: str
+    preset: str
+    steps: list[dict]  # metrics.jsonl
+    before: float | None  # accuracy of the student it started from; measured once per pair
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock of all training steps; start-up and evaluation are the same for every preset and left out."""
+        return sum(s["step_s"] for s in self.steps)
+
+    @property
+    def accuracy(self) -> list[tuple[int, float]]:
+        return [(s["step"], next(iter(s["accuracy"].values()))) for s in self.steps if "accuracy" in s]
+
+    def total(self, key: str) -> int:
+        return sum(s[key] for s in self.steps)
+
+
+def train(pair: str, preset: str, out: Path, overrides: list[str]) -> Result:
+    """Runs one training in processes of its own."""
+    run_dir = out / f"{pair}-{preset}"
+    shutil.rmtree(run_dir, ignore_errors=True)
+    first = preset == "off"
+    print(f"\n== {pair} pair, {NAMES[preset]}", flush=True)
+    command = [
+        sys.executable, "-m", "megatron_opd.cli", "train", str(HERE / f"{pair}.yaml"), f"run_dir={run_dir}",
+        f"prune.preset={preset}", f"eval.at_start={str(first).lower()}", "--nproc", "2", *overrides,
+    ]  # fmt: skip
+    code = subprocess.run(command).returncode
+    if code:
+        sys.exit(f"demo: {pair} {preset} ended with exit code {code}")
+    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    before = None
+    if first:
+        sets = json.loads((run_dir / "eval" / "step0.json").read_text())["accuracy"]
+        before = next(iter(sets.values()))
+    return Result(pair, preset, steps, before)
+
+
+def table(results: list[Result]) -> list[list[str]]:
+    rows = []
+    for r in results:
+        plain = next(x for x in results if x.pair == r.pair and x.preset == "off")
+        saved = 1 - r.seconds / plain.seconds
+        rows.append(
+            [
+                r.pair,
+                NAMES[r.preset],
+                f"{100 * (plain.before or 0):.1f}%",
+                f"{100 * r.accuracy[-1][1]:.1f}%",
+                f"{r.seconds:.0f} s",
+                f"{r.total('tokens_generated'):,}",
+                f"{r.total('tokens_trained'):,}",
+                f"{r.steps[0]['budget']} to {r.steps[-1]['budget_next']}",
+                "" if r is plain else f"{100 * saved:.1f}%",
+            ]
+        )
+    return rows
+
+
+HEAD = [
+    "pair", "method", "before", "after", "training time", "tokens generated", "tokens trained", "budget", "time saved",
+]  # fmt: skip
+
+
+def print_table(rows: list[list[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    shown = Table(title="accuracy on held-out prompts, before and after training")
+    for i, name in enumerate(HEAD):
+        shown.add_column(name, justify="left" if i < 2 else "right")
+    for row in rows:
+        shown.add_row(*row)
+    Console(width=150 if not sys.stdout.isatty() else None).print(shown)
+
+
+def draw(results: list[Result]) -> bytes:
+    """Budget, effective length, overlap and accuracy over steps, and accuracy over time, as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    pairs = list(dict.fromkeys(r.pair for r in results))
+    figure, axes = plt.subplots(len(pairs), 5, figsize=(19, 3.6 * len(pairs)), squeeze=False)
+    for row, pair in zip(axes, pairs):
+        for r in (r for r in results if r.pair == pair):
+            style = {"color": COLORS[r.preset], "label": NAMES[r.preset], "linewidth": 1.8}
+            x = [s["step"] for s in r.steps]
+            row[0].plot(x, [s["budget"] for s in r.steps], **style)
+            row[1].plot(x, [s["effective_length_mean"] for s in r.steps], **style)
+            if all(s["overlap_mean"] is not None for s in r.steps):
+                row[2].plot(x, [s["overlap_mean"] for s in r.steps], **style)
+            plain = next(p for p in results if p.pair == pair and p.preset == "off")
+            points = [(0, plain.before or 0.0), *r.accuracy]
+            row[3].plot([p[0] for p in points], [100 * p[1] for p in points], marker="o", **style)
+            clock = {s["step"]: sum(t["step_s"] for t in r.steps[: i + 1]) for i, s in enumerate(r.steps)}
+            row[4].plot([clock.get(p[0], 0.0) for p in points], [100 * p[1] for p in points], marker="o", **style)
+        titles = ("budget (tokens)", "effective length (tokens)", "top-k overlap", "accuracy (%)", "accuracy (%)")
+        for axis, title in zip(row, titles):
+            axis.set_title(f"{pair}: {title}", fontsize=10)
+            axis.set_xlabel("step" if axis is not row[4] else "seconds of training")
+            axis.grid(alpha=0.25)
+        row[0].legend(fontsize=8)
+    figure.tight_layout()
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    return buffer.getvalue()
+
+
+def report(rows: list[list[str]], picture: bytes, path: Path, seconds: float) -> None:
+    cells = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
+    head = "".join(f"<th>{name}</th>" for name in HEAD)
+    path.write_text(
+        "<!doctype html><meta charset=utf-8><title>megatron_opd demo</title>"
+        "<style>body{font:15px system-ui;margin:2em;max-width:1500px}table{border-collapse:collapse}"
+        "td,th{padding:.35em .8em;border-bottom:1px solid #ddd;text-align:right}"
+        "td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}img{width:100%;margin-top:1.5em}</style>"
+        f"<h1>Plain on-policy distillation against Prune-OPD</h1><p>{time.strftime('%Y-%m-%d %H:%M')}, two CPU "
+        f"processes, {seconds:.0f} s in all. Written by examples/tiny/demo.py.</p><table><tr>{head}</tr>{cells}</table>"
+        f"<img src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--out", type=Path, default=Path("runs/demo"))
+    parser.add_argument("--quick", action="store_true", help="two steps of each run, to see that everything works")
+    options, overrides = parser.parse_known_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    if options.quick:
+        overrides += ["train.steps=2", "eval.sets.0.limit=8"]
+    started = time.time()
+    results = [train(pair, preset, out, overrides) for pair, preset in RUNS]
+    rows = table(results)
+    picture = draw(results)
+    (out / "report.png").write_bytes(picture)
+    report(rows, picture, out / "report.html", time.time() - started)
+    print()
+    print_table(rows)
+    print(f"{time.time() - started:.0f} s in all; curves: {out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    main()

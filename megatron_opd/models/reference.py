@@ -1,0 +1,43 @@
+"""A built model against transformers on the same tokens."""
+
+from __future__ import annotations
+
+import torch
+
+from megatron_opd.losses import vocab_parallel_logprobs
+from megatron_opd.losses.topk import vocab_parallel_topk
+from megatron_opd.models.build import Model
+from megatron_opd.models.cached import CachedForward
+from megatron_opd.parallel.exchange import share_fields
+
+
+def largest_difference(model: Model, directory: str, tokens: int = 64) -> tuple[float, float]:
+    """Runs one random sequence through both; collective over all ranks, the same result on each.
+
+    transformers loads the model on every rank that holds logits: for a very large model use `tools/convert.py verify`.
+
+    Returns:
+        The largest difference of log-probs (nats) at transformers' 16 most likely tokens of each position, and the
+        share of positions with the same most likely token.
+    """
+    ids = torch.randint(0, model.vocab_size, (tokens,), generator=torch.Generator().manual_seed(11))
+    forward = CachedForward(model, 1)
+    fields = []
+    with forward.session():
+        logits = forward.prefill(ids.to(model.device), [tokens], [0], [0], None)
+        if logits is not None:
+            from transformers import AutoModelForCausalLM
+
+            reference = AutoModelForCausalLM.from_pretrained(
+                directory, dtype=model.config.params_dtype, local_files_only=True
+            ).to(model.device)
+            wanted = reference(ids[None].to(model.device)).logits[0].float().log_softmax(-1)
+            top = wanted.topk(min(16, model.vocab_size), dim=-1)
+            group = model.layout.groups.tp
+            own = vocab_parallel_logprobs(logits, top.indices, group, model.vocab_size)
+            best = vocab_parallel_topk(logits, 1, group, model.vocab_size)[1][:, 0]
+            result = torch.stack([(own - top.values).abs().max(), (best == top.indices[:, 0]).float().mean()])
+            fields = [(model.layout.data_rank, {"result": result[None]})]
+    shared = share_fields(fields, model.layout.owns_results, model.device)
+    worst = torch.cat([f["result"] for f in shared.values()])
+    return float(worst[:, 0].max()), float(worst[:, 1].min())
