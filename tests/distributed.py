@@ -89,3 +89,9 @@ def _first_failure(folder: Path, processes: list[Any]) -> str:
     if errors:
         return f"rank {errors[0].stem} of {len(processes)} failed:\n{errors[0].read_text()}"
     return "died without a traceback: " + ", ".join(f"{p.name} (exit {p.exitcode})" for p in processes if p.exitcode)
+
+
+def groups_of_two_and_four(rank: int) -> dict[int, dist.ProcessGroup]:
+    """In a world of 4: this rank's pair, and everybody; one spawn then covers both sizes. Every rank must call it."""
+    pairs = [dist.new_group([0, 1]), dist.new_group([2, 3])]
+    return {2: pairs[rank // 2], 4: dist.group.WORLD}

@@ -15,6 +15,7 @@ clipped.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch
@@ -27,18 +28,29 @@ from megatron_opd.losses.vocab_parallel import (
     check_temperature,
     combine_log_sum_exp,
     compute_dtype,
+    full_precision_chunks,
     local_log_sum_exp,
-    scaled_copy,
-    token_chunks,
     vocab_shard,
 )
 
 Kind = Literal["full_reverse_kl", "forward_kl", "generalized_jsd"]
 
 
+def _logprob_chunks(
+    student: Tensor, teacher: Tensor, log_z: Tensor, shard: VocabShard, temperature: float, chunk_tokens: int | None
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Rows, and both models' log-probs [rows, real columns] on them; log_z [tokens, 2]."""
+    real = shard.real_columns()
+    students = full_precision_chunks(student[:, :real], log_z.dtype, temperature, chunk_tokens)
+    teachers = full_precision_chunks(teacher[:, :real], log_z.dtype, temperature, chunk_tokens)
+    for (rows, s), (_, t) in zip(students, teachers):
+        yield rows, s.sub_(log_z[rows, :1]), t.sub_(log_z[rows, 1:])
+
+
 def _weighted(probability: Tensor, term: Tensor) -> Tensor:
-    """probability * term, 0 where the probability is 0; a NaN stays visible."""
-    return torch.where(probability == 0, 0.0, probability * term)
+    """probability * term, written over `probability`; 0 where the probability is 0, and a NaN stays visible."""
+    excluded = probability == 0
+    return probability.mul_(term).masked_fill_(excluded, 0.0)
 
 
 def _mixture_gaps(logp: Tensor, logq: Tensor, beta: float) -> tuple[Tensor, Tensor]:
@@ -88,15 +100,12 @@ class _FullLoss(torch.autograd.Function):
         chunk_tokens: int | None,
         inplace_backward: bool,
     ) -> Tensor:
-        dtype, real = compute_dtype(student), shard.real_columns()
+        dtype = compute_dtype(student)
         local = [local_log_sum_exp(x, shard, temperature, chunk_tokens).to(dtype) for x in (student, teacher)]
         log_z, _ = combine_log_sum_exp(torch.stack(local, dim=1), shard)
         sums = torch.zeros((student.shape[0], 2), dtype=dtype, device=student.device)
-        if real:
-            for rows in token_chunks(student, chunk_tokens):
-                logp = scaled_copy(student[:, :real], rows, temperature).sub_(log_z[rows, :1])
-                logq = scaled_copy(teacher[:, :real], rows, temperature).to(dtype).sub_(log_z[rows, 1:])
-                sums[rows] = _token_sums(kind, logp, logq, beta)
+        for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, temperature, chunk_tokens):
+            sums[rows] = _token_sums(kind, logp, logq, beta)
         shard.sum(sums)
         weight = weight.to(dtype)
         ctx.save_for_backward(student, teacher, weight, log_z, sums[:, 1:])
@@ -111,12 +120,9 @@ class _FullLoss(torch.autograd.Function):
         grad = student.detach() if inplace_backward else torch.empty_like(student)
         scale = (weight * grad_outputs[0].to(weight.dtype) / temperature)[:, None]
         pruned = (weight == 0)[:, None]
-        if real:
-            for rows in token_chunks(student, chunk_tokens):
-                logp = scaled_copy(student[:, :real], rows, temperature).sub_(log_z[rows, :1])
-                logq = scaled_copy(teacher[:, :real], rows, temperature).to(weight.dtype).sub_(log_z[rows, 1:])
-                chunk = _logit_gradient(kind, logp, logq, mean[rows], beta).mul_(scale[rows])
-                grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
+        for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, temperature, chunk_tokens):
+            chunk = _logit_gradient(kind, logp, logq, mean[rows], beta).mul_(scale[rows])
+            grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
         grad[:, real:] = 0
         return grad, None, None, None, None, None, None, None, None
 

@@ -19,9 +19,8 @@ from torch import Tensor
 
 from megatron_opd.losses.vocab_parallel import (
     VocabShard,
+    full_precision_chunks,
     gathered_logprobs,
-    scaled_copy,
-    token_chunks,
     vocab_shard,
 )
 
@@ -72,12 +71,10 @@ class _Logprobs(torch.autograd.Function):
         owned = (local >= 0) & (local < real)
         upstream = torch.where(owned, upstream, 0.0)
         local = torch.where(owned, local, 0)
-        if real:
-            for rows in token_chunks(logits, chunk_tokens):
-                chunk = scaled_copy(logits[:, :real], rows, temperature)
-                chunk.sub_(log_z[rows, None]).exp_().mul_(total[rows].neg())
-                chunk.scatter_add_(1, local[rows], upstream[rows])
-                grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
+        for rows, chunk in full_precision_chunks(logits[:, :real], log_z.dtype, temperature, chunk_tokens):
+            chunk.sub_(log_z[rows, None]).exp_().mul_(total[rows].neg())
+            chunk.scatter_add_(1, local[rows], upstream[rows])
+            grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
         grad[:, real:] = 0
         return grad, None, None, None, None, None
 

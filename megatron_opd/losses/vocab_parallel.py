@@ -80,21 +80,27 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
     return torch.float64 if logits.dtype == torch.float64 else torch.float32
 
 
-def token_chunks(logits: Tensor, chunk_tokens: int | None = None) -> Iterator[slice]:
-    """Row slices of `logits`; `chunk_tokens` None picks a size by the width of a row and the device."""
+def full_precision_chunks(
+    logits: Tensor, dtype: torch.dtype, temperature: float, chunk_tokens: int | None
+) -> Iterator[tuple[slice, Tensor]]:
+    """Rows of `logits` and their copy in `dtype`, divided by the temperature, chunk after chunk.
+
+    The copy may be overwritten; its memory is used again for the next chunk. `chunk_tokens` None picks a size by the
+    width of a row and the device.
+    """
     if chunk_tokens is None:
         budget = _CHUNK_ELEMENTS_CPU if logits.device.type == "cpu" else _CHUNK_ELEMENTS_GPU
         chunk_tokens = max(1, budget // max(1, logits.shape[1]))
     if chunk_tokens < 1:
         raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
-    for start in range(0, logits.shape[0], chunk_tokens):
-        yield slice(start, min(start + chunk_tokens, logits.shape[0]))
-
-
-def scaled_copy(logits: Tensor, rows: slice, temperature: float) -> Tensor:
-    """One chunk in full precision, safe to overwrite."""
-    chunk = logits[rows].to(compute_dtype(logits), copy=True)
-    return chunk if temperature == 1.0 else chunk.div_(temperature)
+    tokens, columns = logits.shape
+    if columns == 0:
+        return
+    buffer = torch.empty((min(chunk_tokens, tokens), columns), dtype=dtype, device=logits.device)
+    for start in range(0, tokens, chunk_tokens):
+        rows = slice(start, min(start + chunk_tokens, tokens))
+        chunk = buffer[: rows.stop - start].copy_(logits[rows])
+        yield rows, chunk if temperature == 1.0 else chunk.div_(temperature)
 
 
 def check_temperature(temperature: float) -> None:
@@ -104,12 +110,9 @@ def check_temperature(temperature: float) -> None:
 
 def local_log_sum_exp(logits: Tensor, shard: VocabShard, temperature: float, chunk_tokens: int | None) -> Tensor:
     """log of the summed exponentials of this rank's real columns, [tokens]; -inf where it has none."""
-    real = logits[:, : shard.real_columns()]
-    out = torch.full((logits.shape[0],), -torch.inf, dtype=compute_dtype(logits), device=logits.device)
-    if real.shape[1] == 0:
-        return out
-    for rows in token_chunks(real, chunk_tokens):
-        chunk = scaled_copy(real, rows, temperature)
+    dtype = compute_dtype(logits)
+    out = torch.full((logits.shape[0],), -torch.inf, dtype=dtype, device=logits.device)
+    for rows, chunk in full_precision_chunks(logits[:, : shard.real_columns()], dtype, temperature, chunk_tokens):
         top = chunk.amax(1)
         shift = torch.where(top == -torch.inf, torch.zeros_like(top), top)  # a row of -inf sums to 0, not to NaN
         out[rows] = chunk.sub_(shift[:, None]).exp_().sum(1).log_().add_(shift)
