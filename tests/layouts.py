@@ -1,0 +1,67 @@
+"""Models in every layout, for tests that run on several gloo processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from megatron.core import parallel_state
+from megatron.core.transformer import utils as megatron_utils
+
+from megatron_opd.config import ModelConfig, ParallelConfig, TeacherConfig
+from megatron_opd.models.build import Model, build_model
+from megatron_opd.models.platform import apply_cpu_platform
+from megatron_opd.parallel.groups import student_layout, teacher_layout
+
+CPU = torch.device("cpu")
+
+# What is left of the world is data parallelism.
+LAYOUTS = {
+    "tp1": {},
+    "tp2": {"tensor": 2},
+    "tp2_sp": {"tensor": 2, "sequence": True},
+    "pp2": {"pipeline": 2},
+    "tp2_pp2": {"tensor": 2, "pipeline": 2},
+    "tp2_sp_pp2": {"tensor": 2, "sequence": True, "pipeline": 2},
+    "vpp2": {"pipeline": 2, "virtual_pipeline": 2},
+    "tp2_sp_vpp2": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2},
+}
+
+
+@contextmanager
+def student_model(directory: str | Path, layout: str, **extra) -> Iterator[Model]:
+    """A student in Megatron-Core's global parallel state, which is gone afterwards: the next layout can follow."""
+    with parallel_student(layout) as groups:
+        config = ModelConfig(model=str(directory), precision="fp32", parallel=LAYOUTS[layout], **extra)
+        yield build_model("student", config, groups, CPU)
+
+
+@contextmanager
+def parallel_student(layout: str):
+    """The student's layout as Megatron-Core's global parallel state, for as long as the block runs."""
+    apply_cpu_platform()
+    try:
+        yield student_layout(ParallelConfig(**LAYOUTS[layout]))
+    finally:
+        parallel_state.destroy_model_parallel()
+        megatron_utils._sequence_parallel_attr_cache = None  # keyed by id(): a later model may get a dead one's
+
+
+def teacher_model(directory: str | Path, layout: str, **extra) -> Model:
+    """A teacher in groups of its own."""
+    apply_cpu_platform()
+    config = TeacherConfig(model=str(directory), precision="fp32", parallel=LAYOUTS[layout], **extra)
+    model = build_model("teacher", config, teacher_layout(config.parallel), CPU)
+    for chunk in model.chunks:
+        chunk.requires_grad_(False)
+    return model
+
+
+def whole_vocabulary(model: Model, logits: torch.Tensor) -> torch.Tensor:
+    """[T, vocab / tp] on each tensor rank -> [T, vocab], padding left out."""
+    group = model.layout.groups.tp
+    shards = [torch.empty_like(logits) for _ in range(group.size())]
+    torch.distributed.all_gather(shards, logits.detach().contiguous(), group=group)
+    return torch.cat(shards, -1)[:, : model.vocab_size]
