@@ -253,6 +253,8 @@ class PruneConfig(_Section):
             raise ValueError("in_flight: true with after_drift: drop stops at the drift point; set cut: reliability")
         if self.after_drift != "drop" and not self.in_flight:
             raise ValueError(f"after_drift: {self.after_drift} needs in_flight: true")
+        if self.after_drift == "grpo" and self.cut == "none":
+            raise ValueError("after_drift: grpo replaces the teacher past the drift point: set cut: reliability")
         if self.after_drift == "attenuate" and (self.cut != "none" or self.w_base == 0):
             raise ValueError("after_drift: attenuate trains past the drift point: set cut: none and w_base above 0")
         return self
@@ -341,6 +343,8 @@ class DataConfig(_Section):
     """System message put in front of chat prompts that bring none of their own."""
     suffix: str = ""
     """Instruction put behind every prompt's text."""
+    verifier: str = "math"
+    """Scores training answers for `prune.after_drift: grpo`; values as eval.sets.verifier."""
     tokenizer: FilePath | None = None
     """Directory or sentencepiece .model file; null takes the student's."""
     max_prompt_tokens: Positive = 1024

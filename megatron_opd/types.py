@@ -87,3 +87,4 @@ class ScoredBatch:
     effective_length: list[int]
     events: list[int]
     response_tokens: int  # the loss's denominator: all response tokens of the global batch
+    advantage: list[Tensor] | None = None  # [T_i] float32 of the verifier's reward, 0 where the teacher judges

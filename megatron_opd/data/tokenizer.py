@@ -157,7 +157,9 @@ class SentencePieceTokenizer(Tokenizer):
         return [self.bos_id, *ids] if start and self.bos_id is not None else ids
 
     def decode(self, ids: list[int]) -> str:
-        return self.sp.decode(ids)
+        # a model may embed, and so sample, more ids than the tokenizer has
+        unknown = self.sp.unk_id()
+        return self.sp.decode([i if i < self.vocab_size else unknown for i in ids])
 
     def pieces(self) -> list[str]:
         return [self.sp.id_to_piece(i) for i in range(self.vocab_size)]

@@ -35,6 +35,30 @@ def judge(rollouts: list[Rollout], scores: list[TeacherScores], prune: PruneConf
     )
 
 
+def use_rewards(batch: ScoredBatch, rewards: list[float], members: set[int], copies: int, coefficient: float) -> None:
+    """Past their drift point, the answers in `members` learn from the verifier (prune.after_drift: grpo).
+
+    The advantage of an answer is its reward, less the mean and divided by the standard deviation over the prompt's
+    answers (GRPO); positions before the drift point keep the teacher's judgement alone. Changes `batch`.
+
+    Args:
+        rewards: of every answer, in batch order.
+        members: places in the batch; whole prompts.
+        copies: answers of one prompt.
+        coefficient: weight of the policy gradient beside the distillation loss.
+    """
+    value = torch.tensor(rewards, dtype=torch.float64).view(-1, copies)
+    spread = value.std(1, keepdim=True, unbiased=False)
+    normalised = ((value - value.mean(1, keepdim=True)) / (spread + 1e-6)).flatten()
+    batch.advantage = [torch.zeros(len(r)) for r in batch.rollouts]
+    for i in members:
+        start = batch.effective_length[i]
+        gain = coefficient * float(normalised[i])
+        if gain and start < len(batch.rollouts[i]):
+            batch.advantage[i][start:] = gain
+            batch.kept_length[i] = len(batch.rollouts[i])
+
+
 def _events(scores: list[TeacherScores], mask: Tensor, prune: PruneConfig) -> Tensor:
     """[B, T] bool"""
     if prune.signal == "teacher_top_p":

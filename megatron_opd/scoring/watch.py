@@ -34,19 +34,36 @@ def score(
             engine.sleep()
         with clock.phase("score"):
             return rollouts, score_rollouts(teacher, rollouts, prune, tokens)
-    watcher = Watcher(teacher, prune, tokens, len(requests), clock)
+    watcher = Watcher(teacher, prune, tokens, len(requests), clock, to_the_end(requests, config))
     with clock.phase("rollout"):
         engine.wake()
         rollouts = engine.generate(requests, sampling, watcher, prune.segment)
         engine.sleep()
-    return [watcher.cut(r) for r in rollouts], [watcher.scores(r.index) for r in rollouts]
+    rollouts = [watcher.cut(r) for r in rollouts]
+    return rollouts, [watcher.scores(r) for r in rollouts]
+
+
+def to_the_end(requests: list[Request], config: Config) -> set[int]:
+    """Indices of the answers that are generated on past their drift point."""
+    prune = config.prune
+    if not prune.in_flight or prune.after_drift == "drop":
+        return set()
+    if prune.after_drift == "attenuate":
+        return {r.index for r in requests}
+    prompts = round(prune.grpo_share * config.train.prompts_per_step)  # the loader has shuffled them
+    return {r.index for r in requests if r.index // config.train.answers_per_prompt < prompts}
 
 
 class Watcher:
-    """Judges running answers segment by segment and names those whose reliability is spent."""
+    """Judges running answers segment by segment and names those whose reliability is spent.
 
-    def __init__(self, teacher: Model, prune: PruneConfig, tokens: int, answers: int, clock: Clock) -> None:
-        self.prune, self.clock = prune, clock
+    Answers in `unstopped` are generated on: judged on with `after_drift: attenuate`, left to the verifier with `grpo`.
+    """
+
+    def __init__(
+        self, teacher: Model, prune: PruneConfig, tokens: int, answers: int, clock: Clock, unstopped: set[int]
+    ) -> None:
+        self.prune, self.clock, self.unstopped = prune, clock, unstopped
         places = -(-answers // teacher.layout.data_size)
         self.scorer = SegmentScorer(teacher, prune, tokens, places)
         self.state = ReliabilityState(answers, prune.threshold, prune.w_drop, prune.w_base)
@@ -54,27 +71,36 @@ class Watcher:
 
     def __call__(self, segments: list[Segment]) -> set[int]:
         with self.clock.phase("score"):
-            views = self.scorer.score(segments)
+            judged_on = self.prune.after_drift == "attenuate"
+            judged = [s for s in segments if judged_on or not bool(self.state.spent[s.request.index])]
+            views = self.scorer.score(judged)
             stop = set()
-            for segment in segments:
+            for segment in judged:
                 index = segment.request.index
                 view = views[index]
                 self.found.setdefault(index, []).append(view)
                 events = self._events(view)[None]
                 self.state.update_from_events(events, torch.ones_like(events), torch.tensor([index]))
-                if bool(self.state.spent[index]):
-                    stop.add(index)
+                if bool(self.state.spent[index]) and not judged_on:
                     self.scorer.release(index)
+                    stop |= {index} - self.unstopped
         return stop
 
     def _events(self, view: Fields) -> torch.Tensor:
         return ~view["accepted"] if self.prune.signal == "teacher_top_p" else view["overlap"] < self.prune.threshold
 
-    def scores(self, index: int) -> TeacherScores:
-        """All segments' scores of one answer, up to where `cut` ends it."""
-        parts = self.found[index]
-        length = self._length(index, sum(p["overlap"].numel() for p in parts))
-        return to_scores({name: torch.cat([p[name] for p in parts])[:length] for name in parts[0]})
+    def scores(self, rollout: Rollout) -> TeacherScores:
+        """All segments' scores of one answer that `cut` has ended. Positions that the teacher no longer judged read as
+        no event; their reliability is spent."""
+        parts, n = self.found[rollout.index], len(rollout)
+        joined = {name: torch.cat([p[name] for p in parts])[:n] for name in parts[0]}
+        missing = n - joined["overlap"].numel()
+        if missing:
+            joined = {
+                name: torch.cat([column, torch.ones_like(column[:1]).expand(missing, *column.shape[1:])])
+                for name, column in joined.items()
+            }
+        return to_scores(joined)
 
     def cut(self, rollout: Rollout) -> Rollout:
         """The answer without what its last segment holds behind the drift point."""
@@ -88,6 +114,6 @@ class Watcher:
 
     def _length(self, index: int, total: int) -> int:
         """At least one token stays: an answer may be spent at its first position."""
-        if not bool(self.state.spent[index]):
+        if index in self.unstopped or not bool(self.state.spent[index]):
             return total
         return max(1, int(self.state.effective_length[index]))

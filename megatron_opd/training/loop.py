@@ -6,8 +6,8 @@ from typing import Any
 
 from megatron_opd.config import Config
 from megatron_opd.rollout.base import Request, Sampling
-from megatron_opd.scoring.judge import judge
-from megatron_opd.scoring.watch import score
+from megatron_opd.scoring.judge import judge, use_rewards
+from megatron_opd.scoring.watch import score, to_the_end
 from megatron_opd.training.metrics import PhaseClock, step_metrics
 from megatron_opd.training.run import Run
 
@@ -60,6 +60,9 @@ def step(run: Run) -> dict[str, Any]:
     rollouts, scores = score(run.engine, run.trainer.teacher, requests, sampling, config, clock)
     with clock.phase("cut"):
         batch = judge(rollouts, scores, prune)
+        if prune.after_drift == "grpo":
+            members = to_the_end(requests, config)
+            use_rewards(batch, run.rewards(rollouts, members), members, copies, prune.grpo_coefficient)
         hit_ratio = run.budget.measure(batch.effective_length)
         if prune.signal != "none":
             run.budget.update_from_hit_ratio(hit_ratio)

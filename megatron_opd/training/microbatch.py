@@ -24,6 +24,7 @@ class MicroBatch:
     weight: Tensor  # [T] float32
     rollout_logprobs: Tensor  # [T] float32, 0 where no response token is predicted
     predicts: Tensor  # [T] bool, a kept response token is predicted here
+    advantage: Tensor | None  # [T] float32, of the verifier's reward; None where no answer has one
 
 
 def kept_tokens(batch: ScoredBatch) -> list[int]:
@@ -56,6 +57,7 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
     teacher = torch.zeros(total, width)
     teacher_sampled, weight, logprobs = torch.zeros(total), torch.zeros(total), torch.zeros(total)
     predicts = torch.zeros(total, dtype=torch.bool)
+    advantage = torch.zeros(total)
     at = 0
     for i, length in zip(members, lengths):
         rollout, score, kept = batch.rollouts[i], batch.scores[i], batch.kept_length[i]
@@ -70,6 +72,8 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
         weight[where] = batch.prune_weight[i][:kept]
         logprobs[where] = rollout.logprobs[:kept]
         predicts[where] = True
+        if batch.advantage is not None:
+            advantage[where] = batch.advantage[i][:kept]
         at += length
     device = student.device
     targets = DistillTargets(
@@ -79,4 +83,12 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
         teacher_sampled_logprobs=teacher_sampled.to(device),
         jsd_beta=jsd_beta,
     )
-    return MicroBatch(tokens.to(device), row, targets, weight.to(device), logprobs.to(device), predicts.to(device))
+    return MicroBatch(
+        tokens.to(device),
+        row,
+        targets,
+        weight.to(device),
+        logprobs.to(device),
+        predicts.to(device),
+        advantage.to(device) if batch.advantage is not None else None,
+    )

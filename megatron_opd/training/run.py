@@ -16,6 +16,7 @@ from megatron_opd.data.loader import PromptLoader
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
+from megatron_opd.evaluation.verifiers import Case, VerifierPool
 from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.prune import ResponseBudget
 from megatron_opd.rollout.base import RolloutEngine
@@ -23,6 +24,7 @@ from megatron_opd.rollout.factory import make_engine
 from megatron_opd.training.metrics import MetricsLog, StepProgress
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
+from megatron_opd.types import Rollout
 
 
 @dataclass
@@ -55,6 +57,7 @@ class Run:
         self.training_step = TrainingStep(self.trainer, config)
         self.budget = make_budget(config)
         self.totals = Totals()
+        self.verifiers: VerifierPool | None = None
         self.step = 0
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         self.checkpoints = Checkpointer(config, self.trainer)
@@ -87,6 +90,23 @@ class Run:
             self.say(f"step {self.step}  eval {name}: accuracy {numbers['accuracy']:.3f}")
         return result["accuracy"]
 
+    def rewards(self, rollouts: list[Rollout], members: set[int]) -> list[float]:
+        """1 for answers among `members` that the verifier accepts, else 0; the same on every rank."""
+        values = [0.0] * len(rollouts)
+        if self.is_writer:
+            if self.verifiers is None:
+                self.verifiers = VerifierPool(self.config.data.verifier, self.config.eval.verifier_timeout_s)
+            places = sorted(members)
+            asked = [(rollouts[i], rollouts[i].prompt) for i in places]
+            cases = [
+                Case(self.tokenizer.decode(r.tokens.tolist()), p.answer or "", p.metadata, p.source) for r, p in asked
+            ]
+            for i, verdict in zip(places, self.verifiers.score(cases)):
+                values[i] = float(verdict.correct)
+        box = [values]
+        dist.broadcast_object_list(box, 0)
+        return box[0]
+
     def state(self) -> dict[str, Any]:
         """What a resume needs beside parameters and optimizer."""
         return {
@@ -113,6 +133,8 @@ class Run:
     def close(self) -> None:
         self.checkpoints.close()
         self.engine.close()
+        if self.verifiers is not None:
+            self.verifiers.close()
         if self.metrics is not None:
             self.metrics.close()
         if self.progress is not None:

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.config import Config
-from megatron_opd.losses import get_loss, vocab_parallel_logprobs
+from megatron_opd.losses import get_loss, student_logprobs, vocab_parallel_logprobs
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.training.microbatch import MicroBatch, build_microbatch, plan_training
 from megatron_opd.training.setup import Trainer
@@ -118,7 +118,14 @@ class TrainingStep:
             group,
             vocab_size=student.vocab_size,
             chunk_tokens=self.config.loss.chunk_tokens,
+            inplace_backward=micro.advantage is None,
         )
+        if micro.advantage is not None:
+            own = student_logprobs(
+                logits, targets.sampled_ids[:, None], group, vocab_size=student.vocab_size,
+                chunk_tokens=self.config.loss.chunk_tokens,
+            )  # fmt: skip
+            total = total - (micro.advantage * own[:, 0]).sum()
         loss = total / denominator
         part[0] = loss.detach().double()
         return loss, torch.zeros((), dtype=torch.int, device=logits.device), part
