@@ -9,7 +9,7 @@ the global parallel state for ranks where embeddings are tied, which would be th
 entries depend on the layer implementation and carry the padded vocabulary. Ours have one key per layer, Transformer
 Engine's names and no padding. Part of it is pickled (Megatron-Core's choice): load only directories that you made.
 
-Private names of Megatron-Core and torch are used in `_StreamingStrategy` and `_StreamingWriter` alone.
+Private names of Megatron-Core and torch are used in `_StreamingStrategy`, `_StreamingWriter` and `write_shards` alone.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import io
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,7 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
@@ -111,7 +112,7 @@ def save_converted(
     use or cannot be written.
     """
     with whole_directory(out) as folder:
-        entries = _entries(local_parameters(chunks, bridge, groups), bridge, groups, loading=False)
+        entries = sharded_entries(local_parameters(chunks, bridge, groups), bridge, groups, loading=False)
         if is_rank_0():
             (folder / CHECKPOINT).mkdir()
         all_gather(None, None)  # the folder is there
@@ -149,7 +150,7 @@ def load_converted(
     targets = [(p, t if values(t) is t else torch.empty(p.shape, dtype=p.dtype)) for p, t in parameters]
     checkpoint_dir = Path(directory, CHECKPOINT)
     with together():
-        entries = _entries(targets, bridge, groups, loading=True)
+        entries = sharded_entries(targets, bridge, groups, loading=True)
         try:
             dist_checkpointing.load(entries, str(checkpoint_dir), strict=StrictHandling.RAISE_ALL)
         except (Exception, CheckpointException) as error:  # many kinds, from Megatron-Core, torch and pickle
@@ -170,23 +171,19 @@ def _root_cause(error: BaseException) -> str:
     return describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
 
 
-def _entries(
+def sharded_entries(
     parameters: list[tuple[Parameter, Tensor]], bridge: ModelBridge, groups: ProcessGroupCollection, loading: bool
 ) -> dict[str, ShardedTensor]:
+    """Local tensors, shared between ranks as their parameters say, as pieces of whole ones without padding."""
     entries: dict[str, ShardedTensor] = {}
     for parameter, tensor in parameters:
-        key = parameter.name
-        if parameter.is_copy:
-            if not loading:
-                continue
-            key = "embedding.word_embeddings.weight"
-        for local, fused in _FUSED:
-            if bridge.hf_config.model_type != "qwen3_moe" or local.startswith(".input"):
-                key = key.replace(local, fused)
+        if parameter.is_copy and not loading:
+            continue
+        key = checkpoint_key(parameter, bridge)
         group = tensor_group(parameter, groups)
         replica = (groups.expt_dp if parameter.is_expert else groups.dp_cp).rank()
         data = tensor if loading else values(tensor)
-        for i, (part, offsets, whole) in enumerate(_parts(parameter, data, group.rank(), group.size(), bridge)):
+        for i, (part, offsets, whole) in enumerate(shard_parts(parameter, data, group.rank(), group.size(), bridge)):
             entries[f"{parameter.name}/{i}"] = ShardedTensor(
                 key=key,
                 data=part,
@@ -200,7 +197,16 @@ def _entries(
     return entries
 
 
-def _parts(
+def checkpoint_key(parameter: Parameter, bridge: ModelBridge) -> str:
+    """A parameter's key in the checkpoint, the same for every layer implementation."""
+    key = "embedding.word_embeddings.weight" if parameter.is_copy else parameter.name
+    for local, fused in _FUSED:
+        if bridge.hf_config.model_type != "qwen3_moe" or local.startswith(".input"):
+            key = key.replace(local, fused)
+    return key
+
+
+def shard_parts(
     parameter: Parameter, tensor: Tensor, rank: int, size: int, bridge: ModelBridge
 ) -> Iterator[tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
     """Pieces of a local shard with their place in the whole parameter and its shape."""
@@ -244,24 +250,30 @@ class _StreamingWriter(checkpoint.FileSystemWriter):
 
     def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
         name = f"{plan.storage_data.prefix}0.distcp"
-        results = []
-        with open(os.path.join(self.path, name), "wb") as stream:
-            for item in plan.items:
-                data = planner.resolve_data(item)
-                start = stream.tell()
-                if isinstance(data, io.BytesIO):
-                    stream.write(data.getbuffer())
-                else:
-                    data = data.detach().cpu()
-                    # torch.save would store the whole tensor that a view looks at
-                    torch.save(data.clone() if data.untyped_storage().nbytes() != data.nbytes else data, stream)
-                size = stream.tell() - start
-                results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
-            stream.flush()
-            os.fsync(stream.fileno())
         done: Future[list[WriteResult]] = Future()
-        done.set_result(results)
+        done.set_result(write_shards(self.path, name, ((item, planner.resolve_data(item)) for item in plan.items)))
         return done
+
+
+def write_shards(
+    directory: str | os.PathLike[str], name: str, items: Iterable[tuple[WriteItem, Tensor | io.BytesIO]]
+) -> list[WriteResult]:
+    """Writes one rank's file of a torch_dist checkpoint, on disk when it returns, and tells what lies where in it."""
+    results = []
+    with open(os.path.join(directory, name), "wb") as stream:
+        for item, data in items:
+            start = stream.tell()
+            if isinstance(data, io.BytesIO):
+                stream.write(data.getbuffer())
+            else:
+                data = data.detach().cpu()
+                # torch.save would store the whole tensor that a view looks at
+                torch.save(data.clone() if data.untyped_storage().nbytes() != data.nbytes else data, stream)
+            size = stream.tell() - start
+            results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return results
 
 
 def is_rank_0() -> bool:
