@@ -51,13 +51,15 @@ def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout
 
     `fn` is a module-level function; it, `args` and the return values must be picklable. The default process group
     exists when `fn` runs, and RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as torchrun sets them.
-    Processes may start processes of their own. Spawning costs seconds of imports: group several cases in one call.
+    Processes may start processes of their own. The first call of a session costs seconds of imports; every process has
+    state of its own (patches, process groups), whatever ran before.
 
     Returns the ranks' return values in rank order. Raises RuntimeError with the traceback of the rank that failed
     first, or TimeoutError naming the ranks still running after `timeout` seconds.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["tests.preload"])  # the server starts with the first call and imports it once
     processes: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
