@@ -78,13 +78,13 @@ class RolloutEngine(ABC):
         """Takes over the student's parameters. `named_parameters()` yields (Hugging Face name, full tensor) on every
         rank and is itself collective; engines that share the trainer's parameters need not call it."""
 
-    @abstractmethod
     def probe(self, tokens: list[int]) -> Tensor:
         """Log-probs [T-1] float32 that the engine's current parameters give to tokens[1:], each after what precedes it.
 
         The trainer compares them with its own after each hand-over: an engine that missed one, or that the trainer
         failed to reach, shows here. An engine with several copies of the model raises where the copies disagree.
         """
+        raise NotImplementedError(f"{type(self).__name__} has no probe")
 
     def sleep(self) -> None:
         """Frees what training needs (GPU memory); `wake` undoes it."""
