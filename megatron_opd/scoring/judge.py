@@ -63,4 +63,7 @@ def _events(scores: list[TeacherScores], mask: Tensor, prune: PruneConfig) -> Te
     """[B, T] bool"""
     if prune.signal == "teacher_top_p":
         return ~pad_sequence([s.accepted for s in scores], batch_first=True, padding_value=True)
-    return drift_events(pad_sequence([s.overlap for s in scores], batch_first=True), mask, prune.threshold)
+    # NaN: with grpo a position that nobody judged any more; otherwise a broken teacher, whose loss skips the step
+    unmeasured = 1.0 if prune.after_drift == "grpo" else 0.0
+    overlap = pad_sequence([s.overlap for s in scores], batch_first=True).nan_to_num(nan=unmeasured)
+    return drift_events(overlap, mask, prune.threshold)

@@ -87,17 +87,20 @@ class Watcher:
         return stop
 
     def _events(self, view: Fields) -> torch.Tensor:
-        return ~view["accepted"] if self.prune.signal == "teacher_top_p" else view["overlap"] < self.prune.threshold
+        if self.prune.signal == "teacher_top_p":
+            return ~view["accepted"]
+        return ~(view["overlap"] >= self.prune.threshold)  # NaN, from a broken teacher, is an event
 
     def scores(self, rollout: Rollout) -> TeacherScores:
-        """All segments' scores of one answer that `cut` has ended. Positions that the teacher no longer judged read as
-        no event; their reliability is spent."""
+        """All segments' scores of one answer that `cut` has ended; positions that the teacher no longer judged have an
+        overlap of NaN and log-probs of 0."""
         parts, n = self.found[rollout.index], len(rollout)
         joined = {name: torch.cat([p[name] for p in parts])[:n] for name in parts[0]}
         missing = n - joined["overlap"].numel()
         if missing:
+            unjudged = {"overlap": float("nan"), "accepted": True}
             joined = {
-                name: torch.cat([column, torch.ones_like(column[:1]).expand(missing, *column.shape[1:])])
+                name: torch.cat([column, column.new_full((missing, *column.shape[1:]), unjudged.get(name, 0.0))])
                 for name, column in joined.items()
             }
         return to_scores(joined)

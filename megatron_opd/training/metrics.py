@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import time
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -134,8 +136,7 @@ class StepProgress:
 def step_metrics(step: int, clock: PhaseClock, batch: Any, budget: Any, hit_ratio: float, used: int) -> dict[str, Any]:
     """The design's numbers of one step that follow from its scored batch. `used`: the budget it was generated with."""
     rollouts, scores, lengths = batch.rollouts, batch.scores, batch.effective_length
-    measured = [s.overlap for s in scores if s.overlap.numel() and not bool(s.overlap.isnan().any())]
-    overlap = sum(float(o.sum()) for o in measured) / sum(o.numel() for o in measured) if measured else None
+    overlap = float(torch.cat([s.overlap for s in scores]).nanmean())
     divergence = sum(
         float((r.topk_logprobs.softmax(-1) * (r.topk_logprobs - s.logprobs)).sum()) for r, s in zip(rollouts, scores)
     )
@@ -147,7 +148,7 @@ def step_metrics(step: int, clock: PhaseClock, batch: Any, budget: Any, hit_rati
         "tokens_generated": tokens,
         "tokens_trained": sum(batch.kept_length),
         "response_length_mean": tokens / len(rollouts),
-        "overlap_mean": overlap,
+        "overlap_mean": None if math.isnan(overlap) else overlap,
         "events_mean": sum(batch.events) / len(rollouts),
         "effective_length_mean": sum(lengths) / len(lengths),
         "effective_length_max": max(lengths),
