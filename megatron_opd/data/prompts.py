@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from functools import cached_property
 
 from megatron_opd.config import DataConfig, EvalSetConfig
 from megatron_opd.data.sources import (
+    Columns,
     DataError,
     Row,
     answer_of,
@@ -23,6 +25,7 @@ from megatron_opd.data.tokenizer import Tokenizer, TokenizerError
 from megatron_opd.types import Prompt
 
 GYM = "reasoning_gym:"
+GYM_COLUMNS = Columns("question", "answer", "source")
 GYM_EVAL_SIZE = 500
 GYM_STRIDE = 10_000_000  # item i of a stream is seeded with seed + i: seeds this far apart share no item
 
@@ -64,34 +67,39 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = Fa
         DataError: names the file, the line, the key and the problem; also where no prompt is left.
         TokenizerError: `data.template` does not fit the tokenizer.
     """
-    rows = _gym_rows(data) if data.prompts.startswith(GYM) else read_rows(data.prompts)
+    is_gym = data.prompts.startswith(GYM)
+    rows = _gym_rows(data) if is_gym else read_rows(data.prompts)
+    columns = GYM_COLUMNS if is_gym else None
     found = PromptSet(data.prompts, [], 0, 0, 0, data.duplicates == "drop")
-    seen: dict[str, list[int]] = {}  # text -> tokens
-    columns = None
+    seen: dict[str, tuple[str, list[int]]] = {}  # prompt as in the file -> text, tokens
     for row in rows:
         if columns is None:
             columns = find_columns(row, data.prompt_key, data.answer_key, data.source_key, need_answers)
             found.notes += columns.notes
         found.total += 1
-        text = _text(row, prompt_of(row, columns.prompt), data, tokenizer)
-        repeated = text in seen
+        prompt = prompt_of(row, columns.prompt)
+        key = prompt if isinstance(prompt, str) else json.dumps(prompt)
+        repeated = key in seen
         found.duplicates += repeated
         if not repeated:
-            seen[text] = tokenizer.encode(text, start=data.template == "none")
-        answer = answer_of(row, columns.answer) if columns.answer else None
+            text = _text(row, prompt, data, tokenizer)
+            seen[key] = text, tokenizer.encode(text, start=data.template == "none")
+        text, tokens = seen[key]
+        # Some of reasoning-gym's problems have no reference answer: their scorers judge by the entry.
+        unanswered = is_gym and row.values["answer"] is None
+        answer = None if unanswered or columns.answer is None else answer_of(row, columns.answer)
         if repeated and data.duplicates == "drop":
             continue
-        if len(seen[text]) > data.max_prompt_tokens:
+        if len(tokens) > data.max_prompt_tokens:
             found.too_long += 1
             continue
-        source = source_of(row, columns.source)
-        found.prompts.append(Prompt(row.uid, text, seen[text], answer, source, metadata_of(row)))
+        found.prompts.append(Prompt(row.uid, text, tokens, answer, source_of(row, columns.source), metadata_of(row)))
     if found.total == 0:
         raise DataError(f"{data.prompts}: the file is empty")
     if not found.prompts:
         raise DataError(
             f"{data.prompts}: all {found.total} prompts are longer than max_prompt_tokens: {data.max_prompt_tokens}; "
-            f"the shortest has {min(map(len, seen.values()))} tokens"
+            f"the shortest has {min(len(tokens) for _, tokens in seen.values())} tokens"
         )
     return found
 
@@ -130,23 +138,20 @@ def _text(row: Row, prompt: str | list[dict[str, str]], data: DataConfig, tokeni
 
 
 def _gym_rows(data: DataConfig) -> Iterator[Row]:
-    """Items of a reasoning-gym data set as rows; the metadata holds what its scorer needs."""
+    """Items of a reasoning-gym data set as rows; the metadata holds the whole entry, for its scorer."""
     try:
         import reasoning_gym
         from reasoning_gym.factory import DATASETS
     except ImportError as error:
         raise DataError(f"{data.prompts} needs the package reasoning-gym: {error}") from error
-    import difflib
-
     name = data.prompts.removeprefix(GYM)
     if name not in DATASETS:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"; did you mean {GYM}{near[0]}?" if near else f"; known are {', '.join(sorted(DATASETS))}"
         raise DataError(f"{data.prompts}: reasoning-gym has no data set {name!r}{hint}")
     items = reasoning_gym.create_dataset(name, seed=data.seed * GYM_STRIDE, size=data.size)
-    keys = (data.prompt_key, data.answer_key, data.source_key)
     for i in range(data.size):
         entry = items[i]
-        metadata = {**entry["metadata"], "source_dataset": name, "question": entry["question"]}
-        values = dict(zip(keys, (entry["question"], entry["answer"], GYM + name), strict=True))
-        yield Row(i, f"{data.prompts}: item {i + 1}", {**values, "metadata": metadata})
+        entry = {**entry, "metadata": {**entry["metadata"], "source_dataset": name}}
+        values = {"question": entry["question"], "answer": entry["answer"], "source": GYM + name, "metadata": entry}
+        yield Row(i, f"{data.prompts}: item {i + 1}", values)

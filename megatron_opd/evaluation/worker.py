@@ -78,15 +78,19 @@ def load_math() -> Verifier:
 
 
 def load_reasoning_gym() -> Verifier:
-    """The scorer of the data set that made the prompt; it is named in the metadata or in the source."""
+    """The scorer of the data set that made the prompt; it is named in the metadata or in the source. The metadata is
+    that of reasoning-gym's entry, or the whole entry."""
     from reasoning_gym import get_score_answer_fn
 
     scorer = functools.cache(get_score_answer_fn)  # building one can take longer than scoring
 
     def score(response: str, answer: str, metadata: dict[str, Any], source: str) -> tuple[float, str | None]:
-        name = metadata.get("source_dataset") or source.removeprefix("reasoning_gym:")
+        if isinstance(metadata.get("metadata"), dict):
+            entry = metadata
+        else:
+            entry = {"question": metadata.get("question"), "answer": answer, "metadata": metadata}
+        name = entry["metadata"].get("source_dataset") or source.removeprefix("reasoning_gym:")
         found = final_answer(response)
-        entry = {"question": metadata.get("question"), "answer": answer, "metadata": metadata}
         return float(scorer(name)(found, entry)), found
 
     return score

@@ -75,6 +75,8 @@ def test_reasoning_gym_uses_the_data_sets_own_scorer():
     for name, entry in entries:
         metadata = {**entry["metadata"], "question": entry["question"]}
         answer = str(entry["answer"])
+        if name == "countdown":
+            metadata = entry  # some files keep the whole entry
         cases += [Case(kind.format(answer), entry["answer"], metadata, f"reasoning_gym:{name}") for kind in kinds]
     with VerifierPool("reasoning_gym") as pool:
         verdicts = pool.score(cases)

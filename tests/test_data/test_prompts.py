@@ -209,13 +209,15 @@ def test_reasoning_gym_is_a_source(sp):
     assert len(found) == 20 and not found.notes
     for prompt in found.prompts:
         assert prompt.source == "reasoning_gym:chain_sum"
-        entry = {"question": prompt.text, "answer": prompt.answer, "metadata": prompt.metadata}
-        assert reasoning_gym.get_score_answer_fn("chain_sum")(prompt.answer, entry) == 1.0
+        assert (prompt.text, prompt.answer) == (prompt.metadata["question"], prompt.metadata["answer"])
+        assert reasoning_gym.get_score_answer_fn("chain_sum")(prompt.answer, prompt.metadata) == 1.0
     assert load_prompts(data, sp).fingerprint == found.fingerprint
     other = load_prompts(data.model_copy(update={"seed": 4}), sp)
     assert not {p.text for p in other.prompts} & {p.text for p in found.prompts}
     keys = load_prompts(data.model_copy(update={"prompt_key": "a.b", "answer_key": "c.d"}), sp)
     assert keys.fingerprint == found.fingerprint
+    unanswered = load_prompts(plain("reasoning_gym:graph_color", size=2), sp, need_answers=True)
+    assert [p.answer for p in unanswered.prompts] == [None, None]
 
 
 def test_unknown_reasoning_gym_set_gets_a_suggestion(sp):
