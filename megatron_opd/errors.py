@@ -12,6 +12,7 @@ _SELF_EXPLAINING = (
     ("megatron_opd.models.hf_files", "ModelFileError", 2),
     ("megatron_opd.evaluation.run", "EvaluationError", 1),
     ("megatron_opd.training.loop", "TrainingStopped", 1),
+    ("megatron_opd.training.probe", "HandoverError", 1),
 )
 
 

@@ -1,4 +1,4 @@
-"""A built model against transformers on the same tokens."""
+"""A built model's log-probs on given tokens, and against transformers."""
 
 from __future__ import annotations
 
@@ -9,6 +9,20 @@ from megatron_opd.losses.topk import vocab_parallel_topk
 from megatron_opd.models.build import Model
 from megatron_opd.models.cached import CachedForward
 from megatron_opd.parallel.exchange import share_fields
+
+
+def own_logprobs(model: Model, tokens: list[int]) -> torch.Tensor:
+    """The model's log-probs of tokens[1:], each after what precedes it: [T-1] float32, the same on every rank."""
+    forward = CachedForward(model, 1)
+    fields = []
+    with forward.session():
+        fed = torch.tensor(tokens[:-1], device=model.device)
+        logits = forward.prefill(fed, [len(tokens) - 1], [0], [0], None)
+        if logits is not None:
+            ids = torch.tensor(tokens[1:], device=model.device)[:, None]
+            values = vocab_parallel_logprobs(logits, ids, model.layout.groups.tp, model.vocab_size)
+            fields = [(model.layout.data_rank, {"logprobs": values[:, 0]})]
+    return share_fields(fields, model.layout.owns_results, model.device)[0]["logprobs"]
 
 
 def largest_difference(model: Model, directory: str, tokens: int = 64) -> tuple[float, float]:

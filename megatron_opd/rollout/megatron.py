@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_opd.models.build import Model
 from megatron_opd.models.cached import CachedForward
+from megatron_opd.models.reference import own_logprobs
 from megatron_opd.parallel.exchange import Fields, share_fields
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
 from megatron_opd.rollout.sampler import Sampled, sample
@@ -63,19 +64,7 @@ class MegatronEngine(RolloutEngine):
 
     def probe(self, tokens: list[int]) -> Tensor:
         """The engine samples from the trainer's own parameters: their log-probs of tokens[1:], [T-1] float32."""
-        from megatron_opd.losses.vocab_parallel import vocab_parallel_logprobs
-
-        forward = CachedForward(self.model, 1)
-        with forward.session():
-            logits = forward.prefill(
-                torch.tensor(tokens[:-1], device=self.model.device), [len(tokens) - 1], [0], [0], None
-            )
-            fields: list[tuple[int, Fields]] = []
-            if logits is not None:
-                ids = torch.tensor(tokens[1:], device=self.model.device)[:, None]
-                values = vocab_parallel_logprobs(logits, ids, self.model.layout.groups.tp, self.model.vocab_size)
-                fields = [(self.model.layout.data_rank, {"logprobs": values[:, 0]})]
-        return share_fields(fields, self.model.layout.owns_results, self.model.device)[0]["logprobs"]
+        return own_logprobs(self.model, tokens)
 
     def _rollout(self, request: Request, parts: list[Fields], stopped: bool) -> Rollout:
         joined = {name: torch.cat([p[name] for p in parts]) for name in ("tokens", "logprobs", "ids", "topk")}
