@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
 from collections.abc import Callable
 
@@ -104,13 +103,21 @@ def default_processes(config: Config) -> int:
 
 def launch(count: int, arguments: list[str]) -> int:
     """Starts torchrun on this machine with this command line."""
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={count}",
-        "-m", "megatron_opd.cli", *arguments,
-    ]  # fmt: skip
-    environment = dict(os.environ)
-    environment.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // count)))
-    return subprocess.run(command, env=environment).returncode
+    from megatron_opd.launch import set_threads, torchrun
+
+    set_threads(count)
+    return torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "megatron_opd.cli", *without_nproc(arguments)])
+
+
+def without_nproc(arguments: list[str]) -> list[str]:
+    """The command line for a rank: torchrun would take --nproc for an abbreviation of its own option."""
+    kept: list[str] = []
+    skip = False
+    for argument in arguments:
+        if not skip and argument != "--nproc" and not argument.startswith("--nproc="):
+            kept.append(argument)
+        skip = argument == "--nproc"
+    return kept
 
 
 if __name__ == "__main__":  # processes that Megatron-Core's checkpoint writer spawns import this module

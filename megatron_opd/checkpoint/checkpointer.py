@@ -1,20 +1,313 @@
-"""Checkpoints of a run: everything that a resume needs, whole or absent."""
+"""Saves and resumes a run: when, what happens where a save fails, and which checkpoint a run goes on from."""
 
 from __future__ import annotations
 
+import json
+import shutil
+import time
 from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_opd.checkpoint import directory
+from megatron_opd.checkpoint.directory import Found
+from megatron_opd.checkpoint.rng import rng_state, set_rng_state
+from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, set_adam_step, weight_entries
+from megatron_opd.checkpoint.writer import ShardWriter
+from megatron_opd.config import Config
+from megatron_opd.models.build import Model
+from megatron_opd.models.converted import copy_side_files, load_converted, manifest_of, root_cause
+from megatron_opd.models.hf_files import ModelFileError
+from megatron_opd.models.parameters import all_gather, together
+
+_SHAPE_KEYS = (
+    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+    "num_key_value_heads", "head_dim", "tie_word_embeddings", "num_experts", "moe_intermediate_size",
+)  # fmt: skip
+
+
+class CheckpointError(RuntimeError):
+    """A run cannot be resumed or can no longer be saved; the message names the checkpoint and the reason."""
+
+
+@dataclass
+class _Save:
+    """A save in progress. `work` is this rank's part of the present act: its shards, then the sealing on rank 0."""
+
+    step: int
+    partial: Path
+    work: Future[Any]
+    sealing: bool = False
 
 
 class Checkpointer:
-    def __init__(self, config: Any, trainer: Any) -> None:
-        pass
+    """All methods are collective: every rank calls them at the same step, and one rank's failure is everybody's.
 
-    def save(self, step: int, state: dict[str, Any]) -> None:
-        pass
+    A failed save does not stop training. It is repeated at the following steps; `warning` says so until one succeeds.
+    """
 
-    def load_latest(self, say: Callable[[str], None]) -> dict[str, Any] | None:
-        return None
+    def __init__(self, config: Config, trainer: Any, say: Callable[[str], None]) -> None:
+        """`trainer` has the student, its optimizer and scheduler; `say` prints a line for the user (on one rank)."""
+        self.config, self.settings = config, config.checkpoint
+        self.trainer, self.say = trainer, say
+        self.student: Model = trainer.student
+        self.root = directory.checkpoints_dir(config.run_dir)
+        self.is_rank_0 = dist.get_rank() == 0
+        self.last_step: int | None = None  # of the newest complete checkpoint
+        self.failures = 0  # in a row
+        self.problem = ""
+        self.seconds = 0.0  # that training has waited for saves, since `take_seconds`
+        self._weights, self._optimizer = ShardWriter(), ShardWriter()
+        self._background = ThreadPoolExecutor(1, "checkpoint")
+        self._save: _Save | None = None
+        self._owed = False  # a save that failed or had to wait for the previous one
+
+    @property
+    def warning(self) -> str:
+        """What to tell the user at every step, or empty."""
+        if not self.failures:
+            return ""
+        last = "no checkpoint yet" if self.last_step is None else f"last checkpoint: step {self.last_step}"
+        return f"SAVING FAILS ({self.failures} in a row, {last}): {self.problem}"
+
+    def take_seconds(self) -> float:
+        """Seconds that training has waited for saves since the last call."""
+        seconds, self.seconds = self.seconds, 0.0
+        return seconds
+
+    def after_step(self, step: int, state: Callable[[], dict[str, Any]], wanted: bool, must: bool = False) -> None:
+        """Saves where `wanted`, goes on with a save in the background, repeats a failed one.
+
+        With `must` (the run ends here) it returns when this step is saved. Raises CheckpointError after
+        `checkpoint.max_failures` failures in a row.
+        """
+        started = time.perf_counter()
+        self._advance(wait=must)
+        if must:
+            while self.last_step != step:
+                self._begin(step, state(), background=False)
+                self._advance(wait=True)
+                if self.failures:
+                    time.sleep(min(2.0**self.failures, 30.0))
+        elif wanted or self._owed:
+            if self._save is None:
+                self._begin(step, state(), self.settings.asynchronous)
+            else:
+                self._owed = True
+        self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
-        pass
+        """Waits for a save in the background, unless the other ranks may be gone."""
+        self._background.shutdown(wait=True)
+
+    def load_latest(self) -> dict[str, Any] | None:
+        """Fills student, optimizer and scheduler from the newest complete checkpoint and returns the loop's state.
+
+        Damaged checkpoints are named and skipped. Returns None where there is none at all. Raises CheckpointError
+        where all are damaged, where the checkpoint is of another model, or with `resume: never` where there is one.
+        """
+        found = self._find()
+        if not found:
+            return None
+        if self.settings.resume == "never":
+            raise CheckpointError(
+                f"{found[0].path} exists and checkpoint.resume is never; set checkpoint.resume: auto to go on from it, "
+                "or choose another run_dir"
+            )
+        damaged = []
+        for candidate in found:
+            problem = candidate.problem
+            if not problem:
+                self._check_model(candidate)
+                try:
+                    state = self._load(candidate.path)
+                except (CheckpointError, ModelFileError) as error:
+                    problem = str(error)
+                else:
+                    self.last_step = candidate.step
+                    return state
+            damaged.append(f"{candidate.path}: {problem}")
+            self.say(f"WARNING: damaged checkpoint skipped: {damaged[-1]}")
+        raise CheckpointError(
+            "no checkpoint of this run is complete; restore one, or remove them to start over:\n  "
+            + "\n  ".join(damaged)
+        )
+
+    # ---- saving
+
+    def _begin(self, step: int, state: dict[str, Any], background: bool) -> None:
+        partial = directory.partial_path(self.root, step)
+        self._owed = False
+        everybodys_rng = all_gather(rng_state(), None)
+        problem = self._on_rank_0(lambda: _make_partial(partial))
+        if problem:
+            self._failed(step, problem)
+            return
+        optimizer = self.trainer.optimizer
+        weights = self._weights.prepare(weight_entries(self.student), background)
+        moments = self._optimizer.prepare(optimizer_entries(self.student, optimizer, loading=False), background)
+        text = json.dumps(
+            {
+                "loop": state,
+                "adam_step": get_adam_step(optimizer),
+                "scheduler": self.trainer.scheduler.state_dict(),
+                "rng": everybodys_rng,
+            }
+        )
+
+        def write() -> Any:
+            if self.is_rank_0:
+                copy_side_files(self.config.student.model, partial, self.student.config.params_dtype)
+                (partial / directory.STATE).write_text(text, encoding="utf-8")
+            return (
+                self._weights.write(weights, partial / directory.WEIGHTS),
+                self._optimizer.write(moments, partial / directory.OPTIMIZER),
+            )
+
+        self._save = _Save(step, partial, self._start(write, background))
+        self._advance(wait=not background)
+
+    def _advance(self, wait: bool) -> None:
+        """Goes on to the next act of a save where all ranks have finished this one."""
+        save = self._save
+        if save is None:
+            return
+        if wait:
+            save.work.exception()
+        done = torch.tensor(int(save.work.done()))
+        dist.all_reduce(done, dist.ReduceOp.MIN)
+        if not done:
+            return
+        error = save.work.exception()
+        outcomes = all_gather((_describe(error), None if error else save.work.result()), None)
+        problems = [problem for problem, _ in outcomes if problem]
+        if problems:
+            self._save = None
+            self._failed(save.step, problems[0], save.partial)
+        elif save.sealing:
+            self._save = None
+            self.last_step, self.failures, self.problem = save.step, 0, ""
+            self.say(f"checkpoint of step {save.step} saved")
+        else:
+            results = [result for _, result in outcomes]
+            save.work = self._start(lambda: self._seal(save, results), background=not wait)
+            save.sealing = True
+            self._advance(wait)
+
+    def _seal(self, save: _Save, results: list[Any]) -> None:
+        if not self.is_rank_0:
+            return
+        self._weights.finish([weights for weights, _ in results], save.partial / directory.WEIGHTS)
+        self._optimizer.finish([moments for _, moments in results], save.partial / directory.OPTIMIZER)
+        groups, bridge = self.student.layout.groups, self.student.bridge
+        notes = {"step": save.step, "model": _shapes(self.student), "world": dist.get_world_size()}
+        manifest = manifest_of(bridge, groups) | {"checkpoint": notes}
+        directory.seal(save.partial, directory.final_path(self.root, save.step), manifest)
+        directory.remove_old(self.root, self.settings.keep_last, self.settings.keep_every)
+
+    def _failed(self, step: int, problem: str, partial: Path | None = None) -> None:
+        if self.is_rank_0 and partial is not None:
+            shutil.rmtree(partial, ignore_errors=True)
+        self.failures += 1
+        self.problem = problem
+        self._owed = True
+        self.say(f"WARNING: the checkpoint of step {step} failed: {problem}")
+        if self.failures >= self.settings.max_failures:
+            last = "there is none" if self.last_step is None else f"step {self.last_step} is untouched"
+            raise CheckpointError(
+                f"{self.failures} saves in a row failed (checkpoint.max_failures), the last, of step {step}, with: "
+                f"{problem}. The last complete checkpoint: {last}. Make room or repair {self.root}, then start again"
+            )
+
+    def _start(self, work: Callable[[], Any], background: bool) -> Future[Any]:
+        if background:
+            return self._background.submit(work)
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work())
+        except Exception as error:  # any: the other ranks must hear of it
+            future.set_exception(error)
+        return future
+
+    def _on_rank_0(self, action: Callable[[], Any]) -> str:
+        """Runs it there; returns what went wrong, on every rank."""
+        problem = ""
+        if self.is_rank_0:
+            try:
+                action()
+            except OSError as error:
+                problem = _describe(error)
+        return all_gather(problem, None)[0]
+
+    # ---- loading
+
+    def _find(self) -> list[Found]:
+        found: list[Found] = []
+        if self.is_rank_0:
+            left = directory.remove_partial(self.root)
+            if left:
+                self.say(f"removed what an interrupted save had left: {', '.join(left)}")
+            found = directory.find(self.root)
+        return all_gather(found, None)[0]
+
+    def _check_model(self, candidate: Found) -> None:
+        """Raises CheckpointError where the checkpoint is of another model than `student.model`."""
+        manifest = directory.read_manifest(candidate.path)
+        saved = {**manifest["checkpoint"]["model"], "precision": manifest["dtype"]}
+        own = {**_shapes(self.student), "precision": str(self.student.config.params_dtype).removeprefix("torch.")}
+        different = [f"{key} {saved.get(key)} there, {own[key]} here" for key in own if saved.get(key) != own[key]]
+        if different:
+            raise CheckpointError(
+                f"{candidate.path} is a checkpoint of another student than student.model {self.config.student.model}: "
+                f"{'; '.join(different)}. Choose another run_dir or restore student.model"
+            )
+
+    def _load(self, path: Path) -> dict[str, Any]:
+        student, optimizer = self.student, self.trainer.optimizer
+        state: dict[str, Any] = {}
+        with together():  # before the collective reading, in which a rank must not be alone with its error
+            try:
+                state = json.loads((path / directory.STATE).read_text(encoding="utf-8"))
+                for part in (directory.WEIGHTS, directory.OPTIMIZER):
+                    (path / part / ".metadata").read_bytes()
+            except (OSError, ValueError) as error:
+                raise CheckpointError(f"{path}: {error}") from error
+        load_converted(student.chunks, path, student.bridge, student.layout.groups)
+        with together():
+            entries = optimizer_entries(student, optimizer, loading=True)
+            try:
+                dist_checkpointing.load(entries, str(path / directory.OPTIMIZER), strict=StrictHandling.RAISE_ALL)
+            except Exception as error:  # many kinds, from Megatron-Core, torch and pickle
+                raise CheckpointError(f"{directory.OPTIMIZER}/ cannot be loaded: {root_cause(error)}") from error
+        set_adam_step(optimizer, state["adam_step"])
+        self.trainer.scheduler.num_steps = 0
+        self.trainer.scheduler.load_state_dict(state["scheduler"])
+        rng = state["rng"]
+        set_rng_state(rng[dist.get_rank()] if len(rng) == dist.get_world_size() else rng[0])
+        return state["loop"]
+
+
+def _make_partial(partial: Path) -> None:
+    shutil.rmtree(partial, ignore_errors=True)
+    for part in (directory.WEIGHTS, directory.OPTIMIZER):
+        (partial / part).mkdir(parents=True)
+
+
+def _shapes(student: Model) -> dict[str, Any]:
+    config = student.bridge.hf_config
+    return {key: getattr(config, key) for key in _SHAPE_KEYS if getattr(config, key, None) is not None}
+
+
+def _describe(error: BaseException | None) -> str:
+    if error is None:
+        return ""
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
+    return f"{type(error).__name__}: {error}"

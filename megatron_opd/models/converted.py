@@ -120,17 +120,21 @@ def save_converted(
         try:
             dist_checkpointing.save(entries, str(folder / CHECKPOINT), sharded_strategy=strategy)
         except CheckpointException as error:
-            raise ModelFileError(f"{out}: cannot be written: {_root_cause(error)}") from error
+            raise ModelFileError(f"{out}: cannot be written: {root_cause(error)}") from error
         if is_rank_0():
             copy_side_files(source, folder, bridge.config.params_dtype)
-            manifest = {
-                "format": _FORMAT,
-                "model_type": bridge.hf_config.model_type,
-                "dtype": str(bridge.config.params_dtype).removeprefix("torch."),
-                "written_by": {"tensor": groups.tp.size(), "pipeline": groups.pp.size()},
-                **(notes or {}),
-            }
+            manifest = manifest_of(bridge, groups) | (notes or {})
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def manifest_of(bridge: ModelBridge, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """What every manifest says of its model."""
+    return {
+        "format": _FORMAT,
+        "model_type": bridge.hf_config.model_type,
+        "dtype": str(bridge.config.params_dtype).removeprefix("torch."),
+        "written_by": {"tensor": groups.tp.size(), "pipeline": groups.pp.size()},
+    }
 
 
 @torch.no_grad()
@@ -154,7 +158,7 @@ def load_converted(
         try:
             dist_checkpointing.load(entries, str(checkpoint_dir), strict=StrictHandling.RAISE_ALL)
         except (Exception, CheckpointException) as error:  # many kinds, from Megatron-Core, torch and pickle
-            raise ModelFileError(f"{checkpoint_dir}: cannot be loaded: {_root_cause(error)}") from error
+            raise ModelFileError(f"{checkpoint_dir}: cannot be loaded: {root_cause(error)}") from error
     for (parameter, tensor), (_, target) in zip(parameters, targets, strict=True):
         if parameter.split == VOCAB:
             first = groups.tp.rank() * tensor.shape[0]
@@ -163,7 +167,7 @@ def load_converted(
             tensor.copy_(target)
 
 
-def _root_cause(error: BaseException) -> str:
+def root_cause(error: BaseException) -> str:
     """The first failure that torch's checkpoint code collected from the ranks, without its tracebacks."""
     for failure in getattr(error, "failures", {}).values():
         error = failure[0] if isinstance(failure, tuple) else failure

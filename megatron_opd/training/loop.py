@@ -30,8 +30,7 @@ def train(config: Config) -> None:
             if run.metrics is not None and run.progress is not None:
                 run.metrics.write(metrics)
                 run.progress.step(metrics)
-            if last or due(run.step, config.checkpoint.every):
-                run.checkpoints.save(run.step, run.state())
+            run.checkpoints.after_step(run.step, run.state, wanted=due(run.step, config.checkpoint.every), must=last)
             if run.totals.bad_in_a_row >= config.train.max_bad_steps:
                 raise TrainingStopped(
                     f"{run.totals.bad_in_a_row} steps in a row were not finite (train.max_bad_steps); the last: "
@@ -70,8 +69,8 @@ def step(run: Run) -> dict[str, Any]:
         result = run.training_step(batch)
     run.step += 1
     with clock.phase("sync"):
-        run.hand_over()
-    metrics = step_metrics(run.step, clock, batch, run.budget, hit_ratio, budget)
+        gaps = run.hand_over()
+    metrics = step_metrics(run.step, clock, batch, run.budget, hit_ratio, budget) | gaps
     metrics |= {"loss": result.loss, "grad_norm": result.grad_norm, "lr": run.trainer.optimizer.param_groups[0]["lr"]}
     metrics |= {"microbatches": result.microbatches}
     if result.gap_mean is not None:

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 import torch.distributed as dist
 
 from megatron_opd.checkpoint.checkpointer import Checkpointer
@@ -22,6 +21,7 @@ from megatron_opd.prune import ResponseBudget
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.rollout.factory import make_engine
 from megatron_opd.training.metrics import MetricsLog, StepProgress
+from megatron_opd.training.probe import HandoverProbe
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.types import Rollout
@@ -60,27 +60,32 @@ class Run:
         self.verifiers: VerifierPool | None = None
         self.step = 0
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        self.checkpoints = Checkpointer(config, self.trainer)
         self.progress = StepProgress(config.train.steps, 0) if self.is_writer else None
+        self.checkpoints = Checkpointer(config, self.trainer, self.say)
         for note in [*notes, prompts.summary()]:
             self.say(note)
         self._resume()
         self.metrics = MetricsLog(config.run_dir, self.step + 1) if self.is_writer else None
         if self.is_writer:
             Path(config.run_dir, "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        self.probe = None
+        if config.rollout.engine != "megatron":
+            self.probe = HandoverProbe(config, self.trainer, self.engine)
         self.hand_over()
 
     def say(self, text: str) -> None:
         if self.progress is not None:
             self.progress.say(text)
 
-    def hand_over(self) -> None:
-        """Gives the engine the current parameters; also before the first step, so that a broken path fails early."""
+    def hand_over(self) -> dict[str, float]:
+        """Gives the engine the current parameters; also before the first step, so that a broken path fails early.
+        Returns the probe's gaps, for engines that have one."""
         student = self.trainer.student
         bucket = self.config.rollout.bucket_mb << 20
         self.engine.update_parameters(
             lambda: export_hf_weights(student.chunks, student.bridge, student.layout.groups, bucket), self.step
         )
+        return self.probe() if self.probe is not None else {}
 
     def evaluate(self) -> dict[str, float]:
         """Accuracy (avg@k) of each data set with the engine's parameters."""
@@ -115,11 +120,10 @@ class Run:
             "loader": self.loader.state_dict(),
             "totals": vars(self.totals).copy(),
             "norms": list(self.training_step.norms),
-            "torch_rng": torch.get_rng_state().tolist(),
         }
 
     def _resume(self) -> None:
-        state = self.checkpoints.load_latest(say=self.say)
+        state = self.checkpoints.load_latest()
         if state is None:
             return
         self.step = state["step"]
@@ -127,7 +131,6 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.totals = Totals(**state["totals"])
         self.training_step.norms = state["norms"]
-        torch.set_rng_state(torch.tensor(state["torch_rng"], dtype=torch.uint8))
         self.say(f"resumed at step {self.step}")
 
     def close(self) -> None:

@@ -1,0 +1,135 @@
+"""Checkpoints as directories: whole or absent.
+
+    RUN/checkpoints/step_000020/    also a converted directory: `--checkpoint`, `student.model` and
+                                    `tools/convert.py export` take it
+        megatron/                   the student's weights
+        optimizer/                  Adam's moments and fp32 parameters
+        state.json                  step, budget, data position, totals, scheduler, random number generators
+        config.json, tokenizer, ... of the student
+        megatron_opd.json           written last: sizes of all files; without it the directory is incomplete
+    RUN/checkpoints/.step_000040.partial/   a save in progress, or one that was interrupted
+
+A directory gets its final name when everything in it is on disk.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from megatron_opd.models.converted import CHECKPOINT, MANIFEST
+
+WEIGHTS = CHECKPOINT
+OPTIMIZER = "optimizer"
+STATE = "state.json"
+_NAME = re.compile(r"step_(\d{6,})")
+
+
+@dataclass(frozen=True)
+class Found:
+    """A checkpoint directory and what is wrong with it, if anything."""
+
+    path: Path
+    step: int
+    problem: str  # empty: complete
+
+
+def checkpoints_dir(run_dir: str | Path) -> Path:
+    return Path(run_dir, "checkpoints")
+
+
+def final_path(root: Path, step: int) -> Path:
+    return root / f"step_{step:06d}"
+
+
+def partial_path(root: Path, step: int) -> Path:
+    return root / f".step_{step:06d}.partial"
+
+
+def find(root: Path) -> list[Found]:
+    """All checkpoints under `root`, newest first, each checked against its list of files."""
+    if not root.is_dir():
+        return []
+    named = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
+    return [Found(path, step, problem_of(path)) for step, path in sorted(named, reverse=True)]
+
+
+def problem_of(path: Path) -> str:
+    """What is missing or cut short; empty for a complete checkpoint."""
+    try:
+        if not any(path.iterdir()):
+            return "the directory is empty"
+        manifest = read_manifest(path)
+        files = manifest["checkpoint"]["files"]
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing: its writing was interrupted"
+    except OSError as error:
+        return f"unreadable: {error.strerror}"
+    except (ValueError, KeyError, TypeError):
+        return f"{MANIFEST} is not readable"
+    for name, size in files.items():
+        try:
+            found = (path / name).stat().st_size
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+        if found != size:
+            return f"{name} has {found} bytes instead of {size}"
+    return ""
+
+
+def read_manifest(path: Path) -> dict[str, Any]:
+    return json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+
+
+def remove_partial(root: Path) -> list[str]:
+    """Removes what interrupted saves have left; returns the names."""
+    left = sorted(root.glob(".step_*.partial")) if root.is_dir() else []
+    for path in left:
+        shutil.rmtree(path, ignore_errors=True)
+    return [path.name for path in left]
+
+
+def seal(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Everything to disk, the marker last, then the final name. A damaged directory of that name goes.
+
+    Raises OSError; the directory then keeps its partial name.
+    """
+    names = [path for path in sorted(partial.rglob("*")) if path.is_file()]
+    files = {str(path.relative_to(partial)): path.stat().st_size for path in names}
+    for path in names:
+        _sync(path)
+    marker = partial / MANIFEST
+    manifest = {**manifest, "checkpoint": {**manifest["checkpoint"], "files": files}}
+    marker.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    _sync(marker)
+    for folder in (*[path for path in partial.rglob("*") if path.is_dir()], partial):
+        _sync(folder)
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+    _sync(final.parent)
+
+
+def remove_old(root: Path, keep_last: int, keep_every: int) -> None:
+    """Removes complete checkpoints beyond the newest `keep_last`, except multiples of `keep_every`."""
+    complete = [found for found in find(root) if not found.problem]
+    for old in complete[keep_last:]:
+        if keep_every and old.step % keep_every == 0:
+            continue
+        # Renamed first: a half removed directory must not look like a checkpoint.
+        doomed = old.path.with_name(f".{old.path.name}.partial")
+        old.path.rename(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,189 @@
+"""What a checkpoint stores of the student, as pieces of whole tensors that any layout can put together again.
+
+The weights are those of the converted format (`models/converted.py`). The optimizer's tensors (Adam's two moments, and
+the fp32 copy of a bf16 parameter) lie as their parameters do and are described in the same way, under keys such as
+`exp_avg/decoder.layers.0...`. A distributed optimizer holds a flat range of each local parameter; that range is cut
+into rectangles, so its checkpoints load at every layout too, with or without a distributed optimizer.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+
+from megatron_opd.models.build import Model
+from megatron_opd.models.converted import checkpoint_key, shard_parts, sharded_entries
+from megatron_opd.models.parameters import WHOLE, Parameter, local_parameters, tensor_group
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+MAIN = "main"  # the fp32 copy of a parameter of lower precision
+
+Entries = dict[str, ShardedTensor]
+
+
+def weight_entries(student: Model) -> Entries:
+    """The student's parameters, for saving."""
+    groups = student.layout.groups
+    parameters = local_parameters(student.chunks, student.bridge, groups)
+    return _spread(sharded_entries(parameters, student.bridge, groups, loading=False), groups)
+
+
+def optimizer_entries(student: Model, optimizer: Any, loading: bool) -> Entries:
+    """The optimizer's tensors; when loading, those to fill. They are made where the optimizer has not run yet."""
+    groups, bridge = student.layout.groups, student.bridge
+    described = local_parameters(student.chunks, bridge, groups)
+    trained = [parameter for chunk in student.chunks for parameter in chunk.parameters()]
+    holders = base_optimizers(optimizer)
+    for holder in holders:
+        _make_state(holder.optimizer)
+    shaped: dict[str, list[tuple[Parameter, Tensor]]] = {}
+    flat: Entries = {}
+    for (parameter, _), tensor in zip(described, trained, strict=True):
+        slot = _find(holders, tensor)
+        for kind, state in slot.tensors.items():
+            if slot.start is None:
+                shaped.setdefault(kind, []).append((replace(parameter, dtype=state.dtype), state))
+            elif loading or not parameter.is_copy:
+                flat |= _flat_entries(kind, parameter, state, slot.start, student)
+    entries: Entries = {}
+    for kind, parameters in shaped.items():
+        found = sharded_entries(parameters, bridge, groups, loading)
+        entries |= {f"{kind}/{name}": replace(entry, key=f"{kind}/{entry.key}") for name, entry in found.items()}
+    return flat | (entries if loading else _spread(entries, groups))
+
+
+def base_optimizers(optimizer: Any) -> list[Any]:
+    """Megatron-Core's optimizers inside a chained one (dense parameters, experts) that hold parameters here."""
+    holders = getattr(optimizer, "chained_optimizers", [optimizer])
+    return [holder for holder in holders if holder.optimizer is not None]
+
+
+def get_adam_step(optimizer: Any) -> int:
+    """Updates that Adam has made; it corrects its moments' bias by this number."""
+    for holder in base_optimizers(optimizer):
+        for group in holder.optimizer.param_groups:
+            if group.get("step"):
+                return int(group["step"])  # Transformer Engine and Apex count per group, torch per parameter
+            for parameter in group["params"]:
+                if "step" in holder.optimizer.state.get(parameter, {}):
+                    return int(holder.optimizer.state[parameter]["step"])
+    return 0
+
+
+def set_adam_step(optimizer: Any, step: int) -> None:
+    for holder in base_optimizers(optimizer):
+        counts_per_parameter = isinstance(holder.optimizer, torch.optim.Adam)
+        for group in holder.optimizer.param_groups:
+            if not counts_per_parameter:
+                group["step"] = step
+                continue
+            for parameter in group["params"]:
+                if parameter.numel():
+                    holder.optimizer.state[parameter]["step"].fill_(step)
+
+
+@dataclass
+class _Slot:
+    """The optimizer's tensors of one local parameter."""
+
+    tensors: dict[str, Tensor]  # by kind; of the parameter's shape, or flat
+    start: int | None  # where the flat range starts in the local parameter; None: they have its shape
+
+
+def _find(holders: list[Any], parameter: Tensor) -> _Slot:
+    for holder in holders:
+        places = getattr(holder, "model_param_group_index_map", None)  # of a distributed optimizer
+        start = None
+        if places is None:
+            main = getattr(parameter, "main_param", parameter)
+        elif parameter in places:
+            group, number = places[parameter]
+            main = holder.optimizer.param_groups[group]["params"][number]
+            start = holder._get_model_param_range_map(parameter)["param"].start
+        else:
+            continue
+        if main.numel() == 0:
+            return _Slot({}, start)
+        if main in holder.optimizer.state:
+            tensors = {kind: holder.optimizer.state[main][kind] for kind in MOMENTS}
+            if parameter.dtype != torch.float32:
+                tensors[MAIN] = main.detach()
+            return _Slot(tensors, start)
+    if any(hasattr(holder, "model_param_group_index_map") for holder in holders):
+        return _Slot({}, 0)  # another data-parallel rank holds all of it
+    raise RuntimeError(f"no optimizer holds the parameter of shape {tuple(parameter.shape)}")
+
+
+def _make_state(adam: torch.optim.Optimizer) -> None:
+    """Adam's state as it is before the first update."""
+    for group in adam.param_groups:
+        for parameter in group["params"]:
+            if parameter.numel() == 0 or adam.state.get(parameter):
+                continue
+            adam.state[parameter] = {kind: torch.zeros_like(parameter, dtype=torch.float32) for kind in MOMENTS}
+            if isinstance(adam, torch.optim.Adam):
+                adam.state[parameter]["step"] = torch.tensor(0.0)
+
+
+def _flat_entries(kind: str, parameter: Parameter, flat: Tensor, start: int, student: Model) -> Entries:
+    """A flat range of a local parameter as rectangles of the whole one."""
+    entries: Entries = {}
+    group = tensor_group(parameter, student.layout.groups)
+    stop = start + flat.numel()
+    outline = torch.empty(parameter.shape, dtype=flat.dtype, device="meta")
+    key = f"{kind}/{checkpoint_key(parameter, student.bridge)}"
+    for part, offsets, whole in shard_parts(parameter, outline, group.rank(), group.size(), student.bridge):
+        first = part.storage_offset()  # each part is a run of whole rows
+        low, high = max(start, first), min(stop, first + part.numel())
+        for row, column, shape in _rectangles(low - first, high - first, part.shape):
+            begin = first + row * (part[0].numel() if part.dim() > 1 else 1) + column - start
+            data = flat[begin : begin + torch.Size(shape).numel()].view(shape)
+            place = (offsets[0] + row, *((offsets[1] + column,) if part.dim() > 1 else ()))
+            entries[f"{kind}/{parameter.name}/{place}"] = ShardedTensor(
+                key=key,
+                data=data,
+                dtype=data.dtype,
+                local_shape=shape,
+                global_shape=whole,
+                global_offset=place,
+                axis_fragmentations=None,
+                # Each data-parallel rank holds a range of its own.
+                replica_id=(0, group.rank() if parameter.split == WHOLE else 0, 0),
+            )
+    return entries
+
+
+def _rectangles(low: int, high: int, shape: torch.Size) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+    """Elements low..high of a row-major [rows, width] (or [rows]) as (row, column, shape) of at most three blocks."""
+    if high <= low:
+        return
+    if len(shape) == 1:
+        yield low, 0, (high - low,)
+        return
+    width = shape[1]
+    if low % width:
+        count = min(width - low % width, high - low)
+        yield low // width, low % width, (1, count)
+        low += count
+    rows = (high - low) // width
+    if rows > 0:
+        yield low // width, 0, (rows, width)
+        low += rows * width
+    if high > low:
+        yield low // width, 0, (1, high - low)
+
+
+def _spread(entries: Entries, groups: ProcessGroupCollection) -> Entries:
+    """Lets data-parallel replicas take turns in writing what all of them hold."""
+    spread = {}
+    for turn, (name, entry) in enumerate(entries.items()):
+        size = (groups.expt_dp if ".mlp.experts." in entry.key else groups.dp_cp).size()
+        *others, replica = entry.replica_id  # type: ignore[misc]
+        spread[name] = replace(entry, replica_id=(*others, (replica - turn) % size))
+    return spread
