@@ -89,7 +89,7 @@ def main(argv: list[str] | None = None) -> int:
     if "RANK" not in os.environ and processes > 1:
         return start_processes(processes, sys.argv[1:] if argv is None else argv)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leave through the clean-up
-    warnings.filterwarnings("ignore", message=".*(Apex|Transformer Engine).*")
+    warnings.filterwarnings("ignore", module="(megatron|mbridge|torch)")  # of their own deprecations, and of Apex
     import convert_steps  # after the filter, and not at all for --help
 
     from megatron_opd.config import ConfigError

@@ -235,8 +235,9 @@ class Meter:
         """Prints each rank's peak. Collective."""
         ranks = all_gather((self._status("VmHWM") - self.before, shard), None)
         for rank, (peak, held) in enumerate(ranks):
+            share = f" ({peak / held - 1:+.0%})" if held >= 2**25 else ""  # of a tiny shard it says nothing
             say(
-                f"rank {rank}: shard {held / 2**20:.1f} MiB, peak {peak / 2**20:.1f} MiB ({peak / held - 1:+.0%}), "
+                f"rank {rank}: shard {held / 2**20:.1f} MiB, peak {peak / 2**20:.1f} MiB{share}, "
                 f"besides {self.before / 2**20:.0f} MiB of Python and libraries"
             )
         say(f"{time.monotonic() - self.began:.1f} s")

@@ -54,7 +54,7 @@ def megatron_logits(model: Model, tokens: Tensor) -> Tensor:
             if turn == stage:
                 if not chunk.pre_process:
                     chunk.set_input_tensor(out)
-                out = model.forward(chunk, ids, row).contiguous()
+                out = chunk(ids[None], None, None, packed_seq_params=row).contiguous()
             elif last:
                 width = model.padded_vocab_size // groups.tp.size()
                 out = torch.empty(1, padded, width, dtype=dtype, device=model.device)

@@ -39,10 +39,10 @@ def save_hf(
     """
     notes = notes or {}
     tensors = planned_tensors(chunks, bridge, groups)
-    for name, dtype in notes.get("dtypes", {}).items():
-        tensors[name] = (tensors[name][0], DTYPES[dtype])
     if notes.get("tied_copy"):
         tensors[OUTPUT] = tensors[EMBEDDING]
+    for name, dtype in notes.get("dtypes", {}).items():
+        tensors[name] = (tensors[name][0], DTYPES[dtype])
     with whole_directory(out) as folder:
         writer, error = None, None
         if is_rank_0():

@@ -92,6 +92,10 @@ def apply_cpu_platform() -> None:
     _swap(*_RNG[0], lambda *args, **kwargs: torch.get_rng_state())
     _swap(*_RNG[1], lambda *args, **kwargs: None)
 
+    # The router of mixture-of-experts layers asks whether this is None, but it exists only with Transformer Engine.
+    moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
+    moe_utils.te_general_gemm = getattr(moe_utils, "te_general_gemm", None)  # type: ignore[attr-defined]
+
     from megatron.core.tensor_parallel import random
 
     tracker = NoRngTracker()
