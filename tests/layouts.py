@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from megatron.core import parallel_state
 from megatron.core.transformer import utils as megatron_utils
 
@@ -47,6 +49,17 @@ def parallel_student(layout: str):
     finally:
         parallel_state.destroy_model_parallel()
         megatron_utils._sequence_parallel_attr_cache = None  # keyed by id(): a later model may get a dead one's
+        destroy_groups()
+
+
+def destroy_groups() -> None:
+    """Ends every process group but the default one: each has a gloo thread that wakes up a hundred times a second."""
+    dist.barrier()
+    gc.collect()
+    for group in list(dist.distributed_c10d._world.pg_map):
+        if group is not dist.group.WORLD:
+            dist.destroy_process_group(group)
+    gc.collect()
 
 
 def teacher_model(directory: str | Path, layout: str, **extra) -> Model:
@@ -63,5 +76,5 @@ def whole_vocabulary(model: Model, logits: torch.Tensor) -> torch.Tensor:
     """[T, vocab / tp] on each tensor rank -> [T, vocab], padding left out."""
     group = model.layout.groups.tp
     shards = [torch.empty_like(logits) for _ in range(group.size())]
-    torch.distributed.all_gather(shards, logits.detach().contiguous(), group=group)
+    dist.all_gather(shards, logits.detach().contiguous(), group=group)
     return torch.cat(shards, -1)[:, : model.vocab_size]
