@@ -13,6 +13,8 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.types import Prompt
+
 WORKER = Path(__file__).with_name("worker.py")
 START_TIMEOUT_S = 120.0
 
@@ -98,6 +100,28 @@ class VerifierPool:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+def reference_problems(prompts: Sequence[Prompt], pool: VerifierPool) -> list[str]:
+    """Checks that the reference answers can be verified: each must count as right when it is given as the answer, and
+    math-verify must be able to read it, or answers that are written differently would all be wrong.
+
+    Prompts without a reference answer (some of reasoning-gym's) are passed over. Returns one line per finding.
+    """
+    asked = [p for p in prompts if p.answer is not None]
+    form = "<answer>{}</answer>" if pool.verifier != "math" else "\\boxed{{{}}}"
+    cases = [Case(form.format(p.answer), p.answer or "", p.metadata, p.source) for p in asked]
+    findings = {}
+    for prompt, verdict in zip(asked, pool.score(cases)):
+        if not verdict.correct:
+            reason = verdict.problem or f"it does not count as right itself (score {verdict.score:g})"
+            findings[prompt.uid] = f"prompt {prompt.uid}, reference answer {prompt.answer!r}: {reason}"
+    if pool.verifier == "math":  # equal text is right unread: show it another one
+        others = [Case("\\boxed{-271828182}", p.answer or "") for p in asked]
+        for prompt, verdict in zip(asked, pool.score(others)):
+            if verdict.problem is not None:
+                findings[prompt.uid] = f"prompt {prompt.uid}: {verdict.problem}"
+    return list(findings.values())
 
 
 class _Worker:

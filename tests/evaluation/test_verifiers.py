@@ -12,7 +12,8 @@ import time
 import pytest
 
 from megatron_opd.evaluation import worker
-from megatron_opd.evaluation.verifiers import Case, Verdict, VerifierError, VerifierPool
+from megatron_opd.evaluation.verifiers import Case, Verdict, VerifierError, VerifierPool, reference_problems
+from megatron_opd.types import Prompt
 
 OWN = "tests.evaluation.own_verifiers:misbehave"
 
@@ -60,10 +61,10 @@ def test_math_says_where_the_reference_answer_is_unreadable(math):
 def test_math_on_an_expression_that_hangs_counts_that_one_wrong():
     cases = [Case(f"\\boxed{{{i}}}", str(i)) for i in range(6)]
     cases[2] = Case("\\boxed{9^{9^{9^{9}}}}", "5")
-    with VerifierPool("math", timeout_s=1, workers=2) as pool:
+    with VerifierPool("math", timeout_s=3, workers=2) as pool:
         verdicts = pool.score(cases)
     assert [v.correct for v in verdicts] == [True, True, False, True, True, True]
-    assert verdicts[2].problem == "the verifier took longer than 1 s"
+    assert verdicts[2].problem == "the verifier took longer than 3 s"
 
 
 def test_reasoning_gym_uses_the_data_sets_own_scorer():
@@ -107,16 +108,16 @@ def test_a_misbehaving_verifier_costs_its_answer_and_no_other():
     deeds = ["hang", "spin", "raise", "die", "crash", "exit", "eat memory", "two"]
     cases = [Case(x, "ok") for deed in deeds for x in ("ok", deed)] + [Case("ok", "ok"), Case("print", "print")]
     began = time.monotonic()
-    with VerifierPool(OWN, timeout_s=1, workers=2) as pool:
+    with VerifierPool(OWN, timeout_s=3, workers=2) as pool:
         verdicts = pool.score(cases)
         assert pool.score([Case("ok", "ok"), Case("no", "ok")]) == [Verdict(1.0, "ok"), Verdict(0.0, "no")]
-    assert time.monotonic() - began < 20
+    assert time.monotonic() - began < 90
     assert all(v == Verdict(1.0, "ok") for v in verdicts[:-1:2])
     assert verdicts[-1].correct  # what it prints does not disturb
     problems = [v.problem for v in verdicts[1:-1:2]]
     assert problems[:6] == [
-        "the verifier took longer than 1 s",
-        "the verifier took longer than 1 s",
+        "the verifier took longer than 3 s",
+        "the verifier took longer than 3 s",
         "the verifier failed: ZeroDivisionError: on purpose",
         "the verifier's process died (exit code 3)",
         "the verifier's process died (signal 6)",
@@ -125,6 +126,20 @@ def test_a_misbehaving_verifier_costs_its_answer_and_no_other():
     assert "MemoryError" in problems[6]
     assert problems[7] == "the verifier failed: ValueError: the verifier returned 2.0, not a score from 0 to 1"
     assert not any(v.correct for v in verdicts[1:-1:2])
+
+
+def test_reference_answers_that_cannot_be_verified_are_found(math):
+    def prompts(*answers):
+        return [Prompt(i, "?", [], a) for i, a in enumerate(answers)]
+
+    (finding,) = reference_problems(prompts("42", "\\frac12", "\\frac{}{}", None), math)
+    assert finding.startswith("prompt 2: ") and "cannot read the reference answer" in finding
+    with VerifierPool(OWN, workers=1) as pool:
+        assert reference_problems(prompts("<answer>a</answer>"), pool) == [
+            "prompt 0, reference answer '<answer>a</answer>': it does not count as right itself (score 0)"
+        ]
+    with VerifierPool("exact", workers=1) as pool:
+        assert reference_problems(prompts("a", "b c"), pool) == []
 
 
 def test_metadata_that_cannot_be_sent_counts_its_answer_wrong():
