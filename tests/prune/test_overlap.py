@@ -1,5 +1,7 @@
 """Vocab-parallel overlap, membership and nucleus against plain sorting, at TP 1, 2 and 4."""
 
+import functools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -12,7 +14,7 @@ from megatron_opd.prune import (
     vocab_parallel_topk,
 )
 from tests import reference
-from tests.distributed import run_distributed
+from tests.distributed import groups_of_two_and_four, run_distributed
 
 TOKENS = 12
 # (real ids, padded ids, k): whole ranks without real ids; fewer ids a rank than k; shards wide enough for block maxima.
@@ -41,8 +43,7 @@ def _shard(full, padded, rank, world):
     return whole.chunk(world, dim=1)[rank].contiguous()
 
 
-def _compute(rank, world):
-    group = dist.group.WORLD if world > 1 else None
+def _compute(rank, world, group=None):
     out = {}
     for vocab, padded, k in CASES:
         for dtype in DTYPES:
@@ -70,36 +71,7 @@ def _compute(rank, world):
     return out
 
 
-@pytest.mark.parametrize("world", [1, 2, 4])
-def test_equal_to_plain_sorting_on_every_rank(world):
-    ranks = [_compute(0, 1)] if world == 1 else run_distributed(world, _compute)
-    for rank, result in enumerate(ranks):
-        for case in CASES:
-            for dtype in DTYPES:
-                vocab, _, k = case
-                label = f"{case} {dtype} TP {world} rank {rank}"
-                got = result[*case, dtype]
-                student, teacher, sampled = _case(*case, dtype)
-                want = torch.tensor(reference.overlap(student, teacher, k))
-                assert torch.equal(got["overlap"], want), label
-                assert got["mixed"] is None or torch.equal(got["mixed"], want), label
-                assert got["overlap"].dtype == torch.float32
-                order = reference.top_ids(student, k)
-                assert got["ids"].tolist() == order, label
-                assert torch.equal(got["values"], student.gather(1, torch.tensor(order))), label
-                tops = [set(row) for row in reference.top_ids(teacher, k)]
-                member = [[i in top for i in [*row, -1, vocab]] for row, top in zip(order, tops)]
-                assert got["member"].tolist() == member, label
-                assert torch.equal(got["count"], want * k), label
-                accept = reference.nucleus_accepts(teacher, sampled.tolist(), k, 0.6)
-                assert got["accept"].tolist() == accept, label
-        assert result["nan"].isnan().nonzero().flatten().tolist() == [2, 9], (
-            "NaN reaches every rank, and only its token"
-        )
-        assert "NaN among the logits of 1 token" in result["nan_error"]
-
-
-def _traffic(rank, world):
+def _traffic(group):
     """Numbers handed to collectives by one overlap, per collective."""
     sent, original = [], dist.all_reduce
 
@@ -108,13 +80,60 @@ def _traffic(rank, world):
         return original(tensor, *args, **kwargs)
 
     dist.all_reduce = record
-    logits = torch.randn(TOKENS, 64).bfloat16()
-    topk_overlap(logits, logits, 16, dist.group.WORLD)
+    try:
+        logits = torch.randn(TOKENS, 64).bfloat16()
+        topk_overlap(logits, logits, 16, group)
+    finally:
+        dist.all_reduce = original
     return sent
 
 
-def test_only_values_and_one_integer_per_token_travel():
-    values, counts = run_distributed(2, _traffic)[0]
+def _compute_at_two_and_four(global_rank, _):
+    groups = groups_of_two_and_four(global_rank)
+    results = {size: _compute(global_rank % size, size, group) for size, group in groups.items()}
+    return results, _traffic(groups[2])
+
+
+@functools.cache
+def _expected(case, dtype):
+    vocab, _, k = case
+    student, teacher, sampled = _case(*case, dtype)
+    order = reference.top_ids(student, k)
+    tops = [set(row) for row in reference.top_ids(teacher, k)]
+    return {
+        "overlap": torch.tensor(reference.overlap(student, teacher, k)),
+        "ids": torch.tensor(order),
+        "values": student.gather(1, torch.tensor(order)),
+        "member": torch.tensor([[i in top for i in [*row, -1, vocab]] for row, top in zip(order, tops)]),
+        "accept": torch.tensor(reference.nucleus_accepts(teacher, sampled.tolist(), k, 0.6)),
+    }
+
+
+@pytest.fixture(scope="module")
+def distributed():
+    return run_distributed(4, _compute_at_two_and_four)
+
+
+@pytest.mark.parametrize("world", [1, 2, 4])
+def test_equal_to_plain_sorting_on_every_rank(world, distributed):
+    ranks = [_compute(0, 1)] if world == 1 else [results[world] for results, _ in distributed]
+    for rank, result in enumerate(ranks):
+        for case in CASES:
+            for dtype in DTYPES:
+                label = f"{case} {dtype} TP {world} rank {rank}"
+                got, want = result[*case, dtype], _expected(case, dtype)
+                for name in ("ids", "values", "overlap", "member", "accept"):
+                    assert torch.equal(got[name], want[name]), f"{name}: {label}"
+                assert got["mixed"] is None or torch.equal(got["mixed"], want["overlap"]), label
+                assert torch.equal(got["count"], want["overlap"] * case[2]), label
+                assert got["overlap"].dtype == torch.float32
+        unknown = result["nan"].isnan().nonzero().flatten().tolist()
+        assert unknown == [2, 9], "a NaN reaches every rank, and only its own token"
+        assert "NaN among the logits of 1 token" in result["nan_error"]
+
+
+def test_only_values_and_one_integer_per_token_travel(distributed):
+    values, counts = distributed[0][1]
     assert values == (TOKENS * 2 * 2 * 16, torch.bfloat16), "tokens x models x ranks x k logits"
     assert counts == (TOKENS, torch.int32)
 
