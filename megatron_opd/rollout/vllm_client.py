@@ -11,6 +11,7 @@ import http.client
 import json
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from typing import Any
 from urllib.parse import urlsplit
@@ -168,8 +169,9 @@ class Pool:
         self.replicas, self.places = replicas, places
         self._changed = threading.Condition()
 
-    def acquire(self, restore: Callable[[Replica], None]) -> Replica | None:
-        """A place on the least loaded live replica, waiting until one is free; None where no replica is live.
+    def acquire(self, restore: Callable[[Replica], None], failed: Counter[Replica]) -> Replica | None:
+        """A place on the least loaded of the live replicas that have failed this answer least often, waiting until one
+        is free; None where no replica is live.
 
         Replicas that are down and whose time has come are tried first: `restore` checks one, hands it the parameters
         that it lacks, and raises ReplicaError where that fails.
@@ -179,6 +181,8 @@ class Pool:
                 due = next((r for r in self.replicas if self._due(r)), None)
                 if due is None:
                     live = [r for r in self.replicas if r.live]
+                    fewest = min((failed[r] for r in live), default=0)
+                    live = [r for r in live if failed[r] == fewest]
                     free = [r for r in live if r.in_flight < self.places]
                     if free:
                         replica = min(free, key=lambda r: r.in_flight)
@@ -199,10 +203,12 @@ class Pool:
         for thread in threads:
             thread.join()
 
-    def release(self, replica: Replica) -> None:
-        """Gives a place back."""
+    def release(self, replica: Replica, succeeded: bool) -> None:
+        """Gives a place back. An answer that succeeded ends the doubling of the replica's back-off."""
         with self._changed:
             replica.in_flight -= 1
+            if succeeded:
+                replica.failures = 0
             self._changed.notify_all()
 
     def mark_down(self, replica: Replica, error: ReplicaError) -> None:
@@ -232,7 +238,7 @@ class Pool:
         with self._changed:
             replica.restoring = False
             if error is None:
-                replica.live, replica.failures = True, 0
+                replica.live = True
             else:
                 self._down(replica, error)
             self._changed.notify_all()

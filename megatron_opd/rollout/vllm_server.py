@@ -21,6 +21,7 @@ import tempfile
 import threading
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from pathlib import Path
@@ -301,17 +302,21 @@ class _Run:
         """Brings one answer to its end, on one replica after the other if need be."""
         pool, retries = self.engine.pool, self.engine.config.server_retries
         failures = 0
+        failed: Counter[Replica] = Counter()
         while not self._done(answer):
-            replica = pool.acquire(lambda replica: self.engine.restore(replica, self.version))
+            replica = pool.acquire(lambda replica: self.engine.restore(replica, self.version), failed)
             if replica is not None:
+                succeeded = False
                 try:
                     self._stream(replica, answer)
+                    succeeded = True
                     continue
                 except ReplicaError as error:
                     logger.warning("%s: %s; answer %d goes elsewhere", replica.url, error, answer.request.index)
                     pool.mark_down(replica, error)
+                    failed[replica] += 1
                 finally:
-                    pool.release(replica)
+                    pool.release(replica, succeeded)
             failures += 1
             if failures > retries:
                 left = "" if pool.live else "no vLLM server is left; "
