@@ -18,7 +18,7 @@ from rich.console import Console
 from megatron_opd.config import Config
 from megatron_opd.data.prompts import load_eval_prompts, load_prompts
 from megatron_opd.data.tokenizer import Tokenizer
-from megatron_opd.evaluation.verifiers import Case, VerifierPool
+from megatron_opd.evaluation.verifiers import VerifierPool, reference_problems
 from megatron_opd.models.build import Model
 from megatron_opd.models.converted import is_converted
 from megatron_opd.models.reference import largest_difference
@@ -136,25 +136,16 @@ def _answers(doctor: Doctor) -> str:
     parts = []
     for settings in config.eval.sets:
         prompts = load_eval_prompts(settings, config.data, tokenizer).prompts[:20]
-        cases = [Case(f"\\boxed{{{p.answer}}}", p.answer or "", p.metadata, p.source) for p in prompts]
-        if settings.verifier == "exact":
-            cases = [Case(c.answer, c.answer, c.metadata, c.source) for c in cases]
         if dist.is_initialized() and dist.get_rank() != 0:
             continue
         pool = VerifierPool(settings.verifier, config.eval.verifier_timeout_s, 1)
         try:
-            verdicts = pool.score(cases)
+            findings = reference_problems(prompts, pool)
         finally:
             pool.close()
-        wrong = [(p, v) for p, v in zip(prompts, verdicts) if not v.correct]
-        if wrong:
-            prompt, verdict = wrong[0]
-            raise Problem(
-                f"{settings.name}: {len(wrong)} of {len(cases)} reference answers fail their own verifier "
-                f"({settings.verifier}), first prompt {prompt.uid}, answer {prompt.answer!r}: "
-                f"{verdict.problem or 'judged wrong'}; choose another eval verifier or fix the answers"
-            )
-        parts.append(f"{settings.name}: {len(cases)} reference answers satisfy {settings.verifier}")
+        if findings:
+            raise Problem(f"{settings.name}: {len(findings)} of {len(prompts)} references: {findings[0]}")
+        parts.append(f"{settings.name}: {len(prompts)} reference answers satisfy {settings.verifier}")
     return "; ".join(parts) or "no eval.sets"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,9 @@ class Run:
         self.totals = Totals()
         self.verifiers: VerifierPool | None = None
         self.step = 0
+        name = [uuid.uuid4().hex]  # tells this run's saved answers from those of an earlier one in the same directory
+        dist.broadcast_object_list(name, 0)
+        self.name = name[0]
         Path(config.run_dir).mkdir(parents=True, exist_ok=True)
         self.progress = StepProgress(config.train.steps, 0) if self.is_writer else None
         self.checkpoints = Checkpointer(config, self.trainer, self.say)
@@ -90,7 +94,9 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Accuracy (avg@k) of each data set with the engine's parameters."""
         out = os.path.join(self.config.run_dir, "eval")
-        result = evaluate(self.engine, self.eval_sets, self.tokenizer, self.config.eval, out, self.step, self.is_writer)
+        result = evaluate(
+            self.engine, self.eval_sets, self.tokenizer, self.config.eval, out, self.step, self.is_writer, self.name
+        )
         for name, numbers in result["sets"].items():
             self.say(f"step {self.step}  eval {name}: accuracy {numbers['accuracy']:.3f}")
         return result["accuracy"]
@@ -116,6 +122,7 @@ class Run:
         """What a resume needs beside parameters and optimizer."""
         return {
             "step": self.step,
+            "name": self.name,
             "budget": self.budget.state_dict(),
             "loader": self.loader.state_dict(),
             "totals": vars(self.totals).copy(),
@@ -126,7 +133,7 @@ class Run:
         state = self.checkpoints.load_latest()
         if state is None:
             return
-        self.step = state["step"]
+        self.step, self.name = state["step"], state["name"]
         self.budget.load_state_dict(state["budget"])
         self.loader.load_state_dict(state["loader"])
         self.totals = Totals(**state["totals"])
