@@ -174,7 +174,7 @@ class _Batch:
         groups = self.model.layout.groups
         if logits is not None:
             sampled = sample(logits, self.sampling, self.indices[who], position, self.model.vocab_size, groups.tp)
-            tokens = sampled.tokens
+            tokens = sampled.tokens.contiguous()  # gloo sends memory in order, whatever the strides
             self.records.append((who, sampled))
         if groups.pp.size() > 1:
             dist.broadcast(tokens, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
