@@ -14,6 +14,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron_opd.config import ConfigError, ModelConfig
 from megatron_opd.models.bridge import load_bridge
 from megatron_opd.models.packed import PackedRotary, PackedRow, pack_row
+from megatron_opd.models.parameters import WHOLE, local_parameters
 from megatron_opd.models.specs import block_spec, use_transformer_engine
 from megatron_opd.models.weights import load_model_weights
 from megatron_opd.parallel.groups import Layout
@@ -90,7 +91,7 @@ def check_layout(name: str, model: ModelConfig, world_size: int | None = None) -
             f"{name}.parallel.pipeline: {parallel.pipeline} (x virtual_pipeline {parallel.virtual_pipeline}) does not "
             f"divide the {hf['num_hidden_layers']} layers"
         )
-    experts = hf.get("num_experts")
+    experts = hf.get("num_experts") or hf.get("num_local_experts")  # transformers 4 and 5
     if parallel.expert > 1 and (not experts or experts % parallel.expert):
         problems.append(f"{name}.parallel.expert: {parallel.expert} does not divide the {experts or 0} experts")
     if problems:
@@ -135,9 +136,21 @@ def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.dev
         bridge.apply_rope([chunk])
         chunk.rotary_pos_emb = PackedRotary(chunk.rotary_pos_emb)
         chunks.append(chunk if cpu else chunk.cuda())
+    mark_sharded(chunks, bridge, groups)
     if weights:
         load_model_weights(chunks, model.model, bridge, groups, allow_pickle=model.allow_pickle)
     return Model(name, chunks, config, layout, bridge, vocab_size, padded, device, transformer_engine)
+
+
+def mark_sharded(chunks: list[GPTModel], bridge: Any, groups: Any) -> None:
+    """Marks the parameters that tensor ranks share out: the gradient norm counts the others on one rank alone.
+
+    Megatron-Core marks them while it initialises weights, which is skipped here.
+    """
+    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
+    for (described, _), parameter in zip(local_parameters(chunks, bridge, groups), parameters, strict=True):
+        if described.split != WHOLE:
+            parameter.tensor_model_parallel = True
 
 
 def _config_overrides(model: ModelConfig, dtype: torch.dtype, cpu: bool) -> dict[str, Any]:
