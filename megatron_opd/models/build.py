@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +35,23 @@ class Model:
     padded_vocab_size: int
     device: torch.device
     transformer_engine: bool
+    offload: bool = False  # parameters live in host memory outside `resident`
+
+    @contextmanager
+    def resident(self) -> Iterator[None]:
+        """The parameters are on the device inside; with `teacher.offload` they go back to host memory afterwards."""
+        if self.offload:
+            self.move(self.device)
+        try:
+            yield
+        finally:
+            if self.offload:
+                self.move(torch.device("cpu"))
+                torch.cuda.empty_cache()
+
+    def move(self, device: torch.device) -> None:
+        for chunk in self.chunks:
+            chunk.to(device)
 
     @property
     def row_multiple(self) -> int:

@@ -32,10 +32,10 @@ def score(
             engine.wake()
             rollouts = engine.generate(requests, sampling)
             engine.sleep()
-        with clock.phase("score"):
+        with clock.phase("score"), teacher.resident():
             return rollouts, score_rollouts(teacher, rollouts, prune, tokens)
     watcher = Watcher(teacher, prune, tokens, len(requests), clock, to_the_end(requests, config))
-    with clock.phase("rollout"):
+    with clock.phase("rollout"), teacher.resident():
         engine.wake()
         rollouts = engine.generate(requests, sampling, watcher, prune.segment)
         engine.sleep()

@@ -27,7 +27,7 @@ class HandoverProbe:
         self.trainer, self.engine = trainer, engine
         generator = torch.Generator().manual_seed(config.train.seed)
         self.tokens = torch.randint(trainer.student.vocab_size, (PROBE_TOKENS,), generator=generator).tolist()
-        self.teacher = own_logprobs(trainer.teacher, self.tokens)
+        self.teacher = self._teacher_logprobs()
 
     def __call__(self) -> dict[str, float]:
         """The largest gaps in nats: engine to trainer, and teacher to itself at the start.
@@ -42,10 +42,14 @@ class HandoverProbe:
                 f"(rollout.sync_tolerance: {self.tolerance}): the engine holds other parameters, version "
                 f"{self.engine.weight_version}"
             )
-        drift = float((own_logprobs(self.trainer.teacher, self.tokens) - self.teacher).abs().max())
+        drift = float((self._teacher_logprobs() - self.teacher).abs().max())
         if not drift <= self.tolerance:
             raise HandoverError(
                 f"the teacher's log-probs moved by {drift:.4g} nats since the start (rollout.sync_tolerance: "
                 f"{self.tolerance}): its parameters were overwritten"
             )
         return {"sync_logprob_gap": gap, "teacher_logprob_gap": drift}
+
+    def _teacher_logprobs(self) -> torch.Tensor:
+        with self.trainer.teacher.resident():
+            return own_logprobs(self.trainer.teacher, self.tokens)

@@ -13,7 +13,7 @@ from megatron.core.distributed import DistributedDataParallel, DistributedDataPa
 from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
-from megatron_opd.config import Config, TrainConfig
+from megatron_opd.config import Config, ConfigError, TrainConfig
 from megatron_opd.models.build import Model, build_model, check_layout
 from megatron_opd.models.platform import apply_cpu_platform, use_cpu
 from megatron_opd.models.specs import refuse_foreign_apex
@@ -64,6 +64,11 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     teacher = build_model("teacher", config.teacher, layouts[1], device)
     for chunk in teacher.chunks:
         chunk.requires_grad_(False)
+    if config.teacher.offload:
+        if device.type == "cpu":
+            raise ConfigError("teacher.offload: true moves parameters off a GPU, and there is none; set it to false")
+        teacher.offload = True
+        teacher.move(torch.device("cpu"))
     ddp = wrap_ddp(student, config.train)
     optimizer = build_optimizer(student, ddp, config.train)
     return Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train))
