@@ -5,6 +5,8 @@ Logits here are [T, V] without padding. Differentiable functions are plain autog
 
 from __future__ import annotations
 
+from fractions import Fraction
+
 import torch
 from torch import Tensor
 
@@ -33,8 +35,6 @@ def nucleus_accepts(teacher: Tensor, sampled: list[int], k: int, p: float) -> li
 
 def reliability(events: list[bool], mask: list[bool], w_drop: float, w_base: float) -> dict[str, list]:
     """One response, token by token, in exact decimal arithmetic."""
-    from fractions import Fraction
-
     drop, count = Fraction(str(w_drop)), 0
     out: dict[str, list] = {"weight": [], "loss_weight": [], "events": []}
     for event, real in zip(events, mask):

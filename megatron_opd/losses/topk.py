@@ -91,7 +91,7 @@ def _topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     block = chosen.gather(1, (position // _BLOCK).clamp_(max=k - 1))
     in_tail = position >= k * _BLOCK
     ids = torch.where(in_tail, position + (blocks - k) * _BLOCK, block * _BLOCK + position % _BLOCK)
-    return candidates.gather(1, position), ids, maxima.isnan().any(1) | tail.isnan().any(1)
+    return candidates.gather(1, position), ids, maxima.amax(1).isnan() | tail.isnan().any(1)
 
 
 def local_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
