@@ -50,7 +50,7 @@ export NCCL_IB_RETRY_CNT=${NCCL_IB_RETRY_CNT:-7}
 # export NCCL_SOCKET_IFNAME=eth0 GLOO_SOCKET_IFNAME=eth0     # else: the interface that reaches the first node
 # export NCCL_IB_GID_INDEX=3                                 # RoCE
 export TORCH_NCCL_ASYNC_ERROR_HANDLING=${TORCH_NCCL_ASYNC_ERROR_HANDLING:-1}
-export TORCH_NCCL_TRACE_BUFFER_SIZE=${TORCH_NCCL_TRACE_BUFFER_SIZE:-2000}     # flight recorder, dumped on a timeout
+export TORCH_FR_BUFFER_SIZE=${TORCH_FR_BUFFER_SIZE:-2000}     # flight recorder, dumped on a timeout
 export TORCH_NCCL_DUMP_ON_TIMEOUT=${TORCH_NCCL_DUMP_ON_TIMEOUT:-1}
 export CUDA_DEVICE_MAX_CONNECTIONS=${CUDA_DEVICE_MAX_CONNECTIONS:-1}          # Megatron-Core: tensor parallelism needs it
 
