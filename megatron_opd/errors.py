@@ -11,7 +11,10 @@ _SELF_EXPLAINING = (
     ("megatron_opd.data.tokenizer", "TokenizerError", 2),
     ("megatron_opd.models.hf_files", "ModelFileError", 2),
     ("megatron_opd.evaluation.run", "EvaluationError", 1),
-    ("megatron_opd.training.loop", "TrainingStopped", 1),
+    ("megatron_opd.training.loop", "TrainingStopped", 3),
+    ("megatron_opd.training.lock", "RunLocked", 3),
+    ("megatron_opd.checkpoint.checkpointer", "CheckpointError", 3),
+    ("megatron_opd.training.guard", "Requeue", 75),
     ("megatron_opd.training.probe", "HandoverError", 1),
 )
 
@@ -28,5 +31,6 @@ def explains_itself(error: BaseException) -> bool:
 
 
 def exit_code_of(error: BaseException) -> int:
-    """2 for what the user gave (config, data, models), 1 for what happened while running."""
+    """2 for what the user gave (config, data, models), 3 for a stop that would repeat itself, 75 for a run that goes on
+    when it is started again (`launch.py`), 1 for what else happened while running."""
     return _kind(error) or 1

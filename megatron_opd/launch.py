@@ -11,6 +11,7 @@ import signal
 from types import FrameType
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run was asked to stop and has saved; start it again to go on
+WATCHDOG_EXIT_CODE = 76  # a step hung; start again to go on from the newest checkpoint
 FINAL_EXIT_CODES = (2, 3)  # what was given is wrong, or the same would happen again: starting again does not help
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 

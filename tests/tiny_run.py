@@ -1,18 +1,22 @@
 """A tiny run: random models, a character tokenizer, prompts and a config, made in a moment.
 
-    run = TinyRun(tmp_path)
-    run.train("train.steps=4")            a real run through the launcher, 2 processes unless `nproc` says otherwise
-    run.metrics()                         its metrics.jsonl, without the keys that are times
+run = TinyRun(tmp_path)
+run.train("train.steps=4")            a real run through the launcher, 2 processes unless `nproc` says otherwise
+run.metrics()                         its metrics.jsonl, without the keys that are times
 """
 
 from __future__ import annotations
 
+import contextlib
+import io
 import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +104,71 @@ class TinyRun:
             return len((self.run_dir / "metrics.jsonl").read_text().splitlines())
         except FileNotFoundError:
             return 0
+
+
+@dataclass(frozen=True)
+class Case:
+    """One run of several that share their processes."""
+
+    name: str  # of its run_dir
+    overrides: tuple[str, ...] = ()
+    resumes: tuple[str, int] | None = None  # from a copy of that run_dir's checkpoint of that step
+    prepare: Callable[[Path], object] | None = None  # rank 0 calls it with the run_dir, before the run
+    before_step: Callable[[int, int], object] | None = None  # every rank calls it with its number and the step's
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a case ended on one rank."""
+
+    error: str  # "Type: message", or empty
+    exit_code: int  # that the command line would have ended with
+    said: str
+
+
+def run_cases(rank: int, world: int, folder: Path, cases: list[Case]) -> list[Outcome]:
+    """Trains one case after the other; for `tests.distributed.run_distributed`."""
+    import torch.distributed as dist
+    from megatron.core import parallel_state
+
+    from megatron_opd.config import load_config
+    from megatron_opd.errors import exit_code_of
+    from megatron_opd.training import loop
+
+    outcomes = []
+    plain_step = loop.step
+    for case in cases:
+        run_dir = folder / case.name
+        if rank == 0:
+            if case.resumes:
+                name, step = case.resumes
+                checkpoint = f"checkpoints/step_{step:06d}"
+                shutil.copytree(folder / name / checkpoint, run_dir / checkpoint, dirs_exist_ok=True)
+                if not (run_dir / "metrics.jsonl").exists():
+                    shutil.copy(folder / name / "metrics.jsonl", run_dir / "metrics.jsonl")
+            if case.prepare:
+                case.prepare(run_dir)
+        dist.barrier()
+
+        def step(run: Any, case: Case = case) -> dict[str, Any]:
+            if case.before_step:
+                case.before_step(rank, run.step + 1)
+            return plain_step(run)
+
+        loop.step = step
+        said, error = io.StringIO(), None
+        try:
+            with contextlib.redirect_stdout(said):
+                loop.train(load_config(folder / "config.yaml", [f"run_dir={run_dir}", *case.overrides]))
+        except Exception as caught:
+            error = caught
+        finally:
+            loop.step = plain_step
+            parallel_state.destroy_model_parallel()
+        text = f"{type(error).__name__}: {error}" if error else ""
+        outcomes.append(Outcome(text, exit_code_of(error) if error else 0, said.getvalue()))
+        dist.barrier()
+    return outcomes
 
 
 def kill(process: subprocess.Popen[str]) -> None:

@@ -8,6 +8,7 @@ from megatron_opd.config import Config
 from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.scoring.judge import judge, use_rewards
 from megatron_opd.scoring.watch import score, to_the_end
+from megatron_opd.training.guard import Requeue
 from megatron_opd.training.metrics import PhaseClock, step_metrics
 from megatron_opd.training.run import Run
 
@@ -23,19 +24,22 @@ def train(config: Config) -> None:
         if config.eval.at_start and run.step == 0:
             run.evaluate()
         while run.step < config.train.steps:
-            metrics = step(run)
+            with run.guard.step(run.step + 1):
+                metrics = step(run)
             last = run.step == config.train.steps
             if run.eval_sets and (due(run.step, config.eval.every) or (last and config.eval.at_end)):
                 metrics["accuracy"] = run.evaluate()
-            if run.metrics is not None and run.progress is not None:
-                run.metrics.write(metrics)
-                run.progress.step(metrics)
-            run.checkpoints.after_step(run.step, run.state, wanted=due(run.step, config.checkpoint.every), must=last)
+            leave = run.guard.asked_to_leave()
+            run.report(metrics)
+            saving = due(run.step, config.checkpoint.every)
+            run.checkpoints.after_step(run.step, run.state, wanted=saving, must=last or bool(leave))
             if run.totals.bad_in_a_row >= config.train.max_bad_steps:
                 raise TrainingStopped(
                     f"{run.totals.bad_in_a_row} steps in a row were not finite (train.max_bad_steps); the last: "
                     f"{metrics['skipped']}"
                 )
+            if leave and not last:
+                raise Requeue(f"{leave}: step {run.step} is finished and saved; start again to go on")
     finally:
         run.close()
 
@@ -81,7 +85,7 @@ def step(run: Run) -> dict[str, Any]:
     totals.bad_steps += not result.applied
     if not result.applied:
         metrics["skipped"] = result.reason
-        run.say(f"step {run.step} skipped: {result.reason}")
+        run.keep_bad_step(result.reason, batch)
     totals.tokens_generated += metrics["tokens_generated"]
     totals.tokens_trained += metrics["tokens_trained"]
     totals.wall_s += metrics["step_s"]

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -56,8 +57,9 @@ class MetricsLog:
 
         self.path = Path(run_dir, "metrics.jsonl")
         self._drop_from(first_step)
-        self.file = self.path.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(Path(run_dir, "tensorboard")), purge_step=first_step)
+        self.descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        self._unwritten: list[str] = []
+        self.board: SummaryWriter | None = SummaryWriter(str(Path(run_dir, "tensorboard")), purge_step=first_step)
 
     def _drop_from(self, step: int) -> None:
         """After a resume, steps behind the checkpoint are run again: their old lines go, and a torn last line."""
@@ -74,19 +76,47 @@ class MetricsLog:
         scratch.write_text("".join(kept), encoding="utf-8")
         os.replace(scratch, self.path)
 
-    def write(self, values: dict[str, Any]) -> None:
-        self.file.write(json.dumps(values) + "\n")
-        self.file.flush()
+    def write(self, values: dict[str, Any]) -> str:
+        """Adds a step's line; returns what is wrong with the disk, if anything.
+
+        Lines that could not be written are kept and written with a later one.
+        """
+        self._unwritten.append(json.dumps(values) + "\n")
+        problem = self._write_lines()
         for name, value in values.items():
             if isinstance(value, dict):
                 for inner, number in value.items():
-                    self.board.add_scalar(f"{name}/{inner}", number, values["step"])
+                    self._plot(f"{name}/{inner}", number, values["step"])
             elif isinstance(value, int | float) and name != "step":
-                self.board.add_scalar(name, value, values["step"])
+                self._plot(name, value, values["step"])
+        return problem
+
+    def _write_lines(self) -> str:
+        while self._unwritten:
+            line = self._unwritten[0].encode()
+            end = os.lseek(self.descriptor, 0, os.SEEK_END)
+            try:
+                if os.write(self.descriptor, line) < len(line):
+                    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            except OSError as error:
+                os.ftruncate(self.descriptor, end)  # no torn line stays
+                return f"{self.path.name} lacks {len(self._unwritten)} line(s): {error.strerror}"
+            self._unwritten.pop(0)
+        return ""
+
+    def _plot(self, name: str, value: float, step: int) -> None:
+        if self.board is not None:
+            try:
+                self.board.add_scalar(name, value, step)
+            except OSError:  # its writing thread has met a full disk and is gone; metrics.jsonl has every number
+                self.board = None
 
     def close(self) -> None:
-        self.file.close()
-        self.board.close()
+        self._write_lines()
+        os.close(self.descriptor)
+        if self.board is not None:
+            with suppress(OSError):
+                self.board.close()
 
 
 class StepProgress:
@@ -117,6 +147,7 @@ class StepProgress:
             f"budget {values['budget']}",
             f"tokens {values['tokens_generated']}/{values['tokens_trained']}",
             f"{values['step_s']:.2f}s",
+            values.get("warning", ""),
         ]
         line = "  ".join(p for p in parts if p)
         if self.bar is not None:
@@ -126,7 +157,8 @@ class StepProgress:
 
     def say(self, text: str) -> None:
         """One line for the reader, above the bar."""
-        (self.bar.console if self.bar is not None else self.console).print(text, markup=False, highlight=False)
+        with suppress(OSError):  # a log on a full disk must not end the run
+            (self.bar.console if self.bar is not None else self.console).print(text, markup=False, highlight=False)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -21,11 +21,13 @@ from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.prune import ResponseBudget
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.rollout.factory import make_engine
+from megatron_opd.training.bad_steps import dump_bad_step
+from megatron_opd.training.guard import Guard
 from megatron_opd.training.metrics import MetricsLog, StepProgress
 from megatron_opd.training.probe import HandoverProbe
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
-from megatron_opd.types import Rollout
+from megatron_opd.types import Rollout, ScoredBatch
 
 
 @dataclass
@@ -46,6 +48,17 @@ class Run:
         self.config = config
         self.device = init_distributed(config)
         self.is_writer = dist.get_rank() == 0
+        self.progress = StepProgress(config.train.steps, 0) if self.is_writer else None
+        self.guard = Guard(config.run_dir, config.train.watchdog_s)
+        try:
+            self._build(config)
+        except BaseException:
+            self.guard.close()
+            raise
+
+    def _build(self, config: Config) -> None:
+        if self.guard.note:
+            self.say(self.guard.note)
         self.tokenizer, notes = load_tokenizers(config)
         prompts = load_prompts(config.data, self.tokenizer)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)
@@ -63,8 +76,6 @@ class Run:
         name = [uuid.uuid4().hex]  # tells this run's saved answers from those of an earlier one in the same directory
         dist.broadcast_object_list(name, 0)
         self.name = name[0]
-        Path(config.run_dir).mkdir(parents=True, exist_ok=True)
-        self.progress = StepProgress(config.train.steps, 0) if self.is_writer else None
         self.checkpoints = Checkpointer(config, self.trainer, self.say)
         for note in [*notes, prompts.summary()]:
             self.say(note)
@@ -80,6 +91,27 @@ class Run:
     def say(self, text: str) -> None:
         if self.progress is not None:
             self.progress.say(text)
+
+    def report(self, metrics: dict[str, Any]) -> None:
+        """One step's metrics to the files and to the reader, with a warning while saving fails."""
+        metrics["checkpoint_s"] = self.checkpoints.take_seconds()  # that training waited since the last report
+        if self.checkpoints.warning:
+            metrics["warning"] = self.checkpoints.warning
+        if self.metrics is not None and self.progress is not None:
+            problem = self.metrics.write(metrics)
+            if problem:
+                self.say(f"WARNING: {problem}")
+            self.progress.step(metrics)
+
+    def keep_bad_step(self, reason: str, batch: ScoredBatch) -> None:
+        """Writes down a batch whose step was skipped, and says where."""
+        where = ""
+        if self.is_writer:
+            try:
+                where = f"; its batch: {dump_bad_step(self.config.run_dir, self.step, reason, batch)}"
+            except OSError as error:
+                where = f"; its batch cannot be written: {error}"
+        self.say(f"step {self.step} skipped: {reason}{where}")
 
     def hand_over(self) -> dict[str, float]:
         """Gives the engine the current parameters; also before the first step, so that a broken path fails early.
@@ -149,6 +181,7 @@ class Run:
             self.metrics.close()
         if self.progress is not None:
             self.progress.close()
+        self.guard.close()
 
 
 def load_tokenizers(config: Config) -> tuple[Tokenizer, list[str]]:
