@@ -54,7 +54,7 @@ def plan_microbatches(
 
     def count_for(share: list[int]) -> int:
         tokens = sum(lengths[i] for i in share)
-        count = max(math.ceil(tokens / tokens_per_microbatch), min(pipeline, len(share)), 1)
+        count = max(min(max(math.ceil(tokens / tokens_per_microbatch), pipeline), len(share)), 1)  # none empty
         while len(share) > count and _fullest(_spread(share, lengths, count), lengths) > tokens_per_microbatch:
             count += 1
         return math.ceil(count / multiple_of) * multiple_of

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from megatron_opd.models.build import Model
 from megatron_opd.models.cached import CachedForward
-from megatron_opd.models.reference import own_logprobs
 from megatron_opd.parallel.exchange import Fields, share_fields
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
+from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.rollout.sampler import Sampled, sample
 from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, Rollout
 

@@ -21,10 +21,10 @@ from megatron_opd.data.tokenizer import Tokenizer
 from megatron_opd.evaluation.verifiers import VerifierPool, reference_problems
 from megatron_opd.models.build import Model
 from megatron_opd.models.converted import is_converted
-from megatron_opd.models.reference import largest_difference
 from megatron_opd.prune import drift_events
 from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.rollout.factory import make_engine
+from megatron_opd.rollout.reference import largest_difference
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.training.run import check_vocabularies, load_tokenizers
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed

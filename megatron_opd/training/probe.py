@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_opd.config import Config
-from megatron_opd.models.reference import own_logprobs
 from megatron_opd.rollout.base import RolloutEngine
+from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.training.setup import Trainer
 
 PROBE_TOKENS = 32

@@ -1,0 +1,111 @@
+"""The design's import directions, read from the source."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).resolve().parent.parent / "megatron_opd"
+# From the design's table: a row may import rows above it.
+ROWS = [
+    "launch", "config", "types", "losses", "prune", "data", "parallel", "models", "rollout", "scoring", "evaluation",
+    "checkpoint", "training", "errors", "cli",
+]  # fmt: skip
+OUTSIDE_THE_TABLE = {"__init__", "__main__", "preflight"}
+MODULES = sorted(PACKAGE.rglob("*.py"))
+
+
+def row_of(path: Path) -> str:
+    return path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+
+
+def imports(path: Path) -> set[str]:
+    """Full names of the modules that a file imports anywhere in it, those for type checkers alone left out."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test):
+            node.body = [ast.Pass()]
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative imports hide their direction"
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def names(path: Path) -> set[str]:
+    return {name.split(".")[0] for name in imports(path)}
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_imports_go_upward_only(path):
+    row = row_of(path)
+    if row in OUTSIDE_THE_TABLE:
+        return
+    assert row in ROWS, f"{row} is not in the design's table"
+    allowed = ROWS[: ROWS.index(row) + 1]
+    for name in imports(path):
+        if name.startswith("megatron_opd."):
+            assert name.split(".")[1] in allowed, f"{row} imports {name}, a row below it"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_what_each_row_never_imports(path):
+    row, found = row_of(path), names(path)
+    where = path.relative_to(PACKAGE).as_posix()
+    if row in ("losses", "prune"):
+        own = f"megatron_opd.{row}"
+        assert all(name.startswith((own, "megatron_opd.losses")) for name in imports(path) if "megatron" in name)
+        assert found <= set(sys.stdlib_module_names) | {"torch", "megatron_opd", "__future__"}
+    if row in ("config", "types"):
+        assert not found & {"torch", "megatron", "vllm", "transformers", "mbridge"}
+    if row != "models":
+        assert "mbridge" not in found, "models/ alone imports mbridge"
+    if not where.startswith("rollout/vllm_"):
+        assert "vllm" not in found, "rollout/vllm_*.py alone import vLLM"
+    if row in ("data", "models", "scoring", "training", "evaluation"):
+        assert not any(name.startswith("megatron_opd.rollout.vllm") for name in imports(path))
+    if row == "data":
+        assert not any(name.startswith("megatron_opd.rollout") for name in imports(path))
+    if row == "models":
+        assert not any(name.startswith("megatron_opd.losses") for name in imports(path))
+
+
+def test_the_config_loads_without_torch(tmp_path):
+    """As on a login node: whatever needs a GPU library is blocked, and checking a config still works."""
+    config = tmp_path / "c.yaml"
+    config.write_text("student: {model: a}\nteacher: {model: b}\ndata: {prompts: c.jsonl}\n")
+    code = f"""
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "megatron", "transformers", "vllm", "mbridge", "numpy"):
+            raise ImportError("blocked: " + name)
+sys.meta_path.insert(0, Blocker())
+from megatron_opd.config import load_config
+import megatron_opd.types
+print(load_config({str(config)!r}, ["train.lr=0.5"]).train.lr)
+"""
+    run = subprocess.run([sys.executable, "-c", code], cwd=PACKAGE.parent, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.strip() == "0.5"
+
+
+def test_the_training_loop_fits_on_a_page():
+    tree = ast.parse((PACKAGE / "training/loop.py").read_text(encoding="utf-8"))
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef):
+            assert node.end_lineno - node.lineno + 1 <= 80, f"{node.name} is longer than a page"
+    assert "torch" not in names(PACKAGE / "training/loop.py"), "the loop does no tensor arithmetic"
+
+
+def test_no_module_is_hard_to_hold_in_mind():
+    for path in MODULES:
+        lines = len(path.read_text(encoding="utf-8").splitlines())
+        assert lines <= (700 if row_of(path) == "config" else 420), f"{path}: {lines} lines"
