@@ -49,10 +49,14 @@ _RNG = (
 )
 _TRACKER = "get_cuda_rng_tracker"
 
+# Expert parallelism sends by split sizes that are numpy arrays on a GPU; on the CPU they would stay tensors.
+_SPLITS = ("megatron.core.transformer.moe.token_dispatcher", "maybe_move_tensor_to_cpu")
+
 PATCHED: tuple[tuple[str, str], ...] = (
     *((module, "torch") for module in _LITERAL_CUDA),
     *_TYPE_STRINGS,
     *_RNG,
+    _SPLITS,
     ("megatron.core.tensor_parallel.random", _TRACKER),
     ("megatron.core.tensor_parallel.random", "_CUDA_RNG_STATE_TRACKER"),
     ("megatron.core.tensor_parallel.random", "_CUDA_RNG_STATE_TRACKER_INITIALIZED"),
@@ -91,6 +95,7 @@ def apply_cpu_platform() -> None:
         _swap(module, name, _with_cuda_type_strings(_find(module, name)))
     _swap(*_RNG[0], lambda *args, **kwargs: torch.get_rng_state())
     _swap(*_RNG[1], lambda *args, **kwargs: None)
+    _swap(*_SPLITS, _as_numpy)
 
     # The router of mixture-of-experts layers asks whether this is None, but it exists only with Transformer Engine.
     moe_utils = importlib.import_module("megatron.core.transformer.moe.moe_utils")
@@ -144,8 +149,8 @@ class _NoStream:
     def synchronize(self) -> None:
         pass
 
-    def record_event(self, event: Any = None) -> None:
-        pass
+    def record_event(self, event: Any = None) -> Any:
+        return event or self  # what callers do with an event is to synchronize() it
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _NoStream)
@@ -193,6 +198,10 @@ def _with_cuda_type_strings(function: Callable[..., Any]) -> Callable[..., Any]:
             torch.Tensor.type = plain  # type: ignore[method-assign]
 
     return call
+
+
+def _as_numpy(tensor: Any, as_numpy: bool = False, record_stream: bool = False) -> Any:
+    return tensor.numpy() if as_numpy and torch.is_tensor(tensor) else tensor
 
 
 def _find(module: str, path: str) -> Any:
