@@ -12,7 +12,7 @@ import json
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -70,7 +70,7 @@ class Replica:
         self.call("GET", "/health")
         return self.call("GET", "/weight_info")["weight_version"]
 
-    def stream(self, body: dict[str, Any], version: str) -> Iterator[dict[str, Any]]:
+    def stream(self, body: dict[str, Any], version: str) -> Generator[dict[str, Any], None, None]:
         """Generates one answer; yields vLLM's choices, the last of which has a finish_reason.
 
         Closing the iterator ends the generation on the server. Raises ReplicaError where the server dies, stalls for

@@ -139,7 +139,7 @@ class VllmColocateEngine(RolloutEngine):
         gc.unfreeze()
         gc.collect()
         parallel_state.destroy_model_parallel()
-        parallel_state._WORLD.destroy()
+        parallel_state.get_world_group().destroy()
         parallel_state._WORLD = None
 
     def _start(self, model_dir: str, precision: str) -> Any:
@@ -170,7 +170,7 @@ class VllmColocateEngine(RolloutEngine):
             arguments |= dict(kv_cache_memory_bytes=config.cpu_cache_mb << 20)
         with self._own_shared_memory():
             llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        llm.engine_core._finalizer.detach()  # would end the trainer's process groups too; see close()
+        llm.engine_core._finalizer.detach()  # type: ignore[attr-defined]  # would end the trainer's process groups too; see close()
         return llm
 
     @contextmanager

@@ -13,23 +13,19 @@ Versions carry a name of this run: what an earlier run left on a server never pa
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import os
-import shutil
-import tempfile
 import threading
 import time
 import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from pathlib import Path
+from contextlib import closing
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from safetensors.torch import save_file
 from torch import Tensor
 
 from megatron_opd.config import RolloutConfig
@@ -40,12 +36,12 @@ from megatron_opd.rollout.vllm_common import (
     Answer,
     RolloutError,
     agreeing_probe,
-    buckets,
     check_requests,
     due_segments,
     request_seed,
     sampling_arguments,
 )
+from megatron_opd.rollout.vllm_files import TransferFiles
 from megatron_opd.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -74,8 +70,7 @@ class VllmServerEngine(RolloutEngine):
         key = os.environ.get(config.api_key_env)
         self.pool = Pool([Replica(url, key, config.server_timeout_s) for url in config.servers], config.max_batch)
         self._run_name = uuid.uuid4().hex[:12]
-        self._files: list[str] = []
-        self._directory: Path | None = None
+        self._files: TransferFiles | None = None
         self._native: Any = None
         self._on_first(self._wait_for_servers)
 
@@ -111,7 +106,7 @@ class VllmServerEngine(RolloutEngine):
         """Hands the parameters to every server. Raises RolloutError on every rank where no server took them."""
         self.weight_version = -1
         if self.transfer == "file":
-            self._write(named_parameters(), version)
+            self._write(named_parameters())
             self._on_first(lambda: self._hand_over(version))
         else:
             self._send_native(named_parameters, version)
@@ -141,9 +136,9 @@ class VllmServerEngine(RolloutEngine):
 
     def close(self) -> None:
         """Removes the transfer files. The servers go on; who started them ends them."""
-        if self._directory is not None:
-            shutil.rmtree(self._directory, ignore_errors=True)
-            self._directory = None
+        if self._files is not None:
+            self._files.close()
+            self._files = None
         if self._native is not None:
             self._native.close()
             self._native = None
@@ -156,9 +151,9 @@ class VllmServerEngine(RolloutEngine):
         """Makes a replica fit to generate with `version`; raises ReplicaError where it cannot be."""
         if replica.check() == self.tag(version):
             return
-        if not self._files:
+        if self._files is None:
             raise ReplicaError(f"missed the hand-over of version {version}; transfer: {self.transfer} keeps no copy")
-        replica.load_files(self._files, self.tag(version))
+        replica.load_files(self._files.paths, self.tag(version))
         logger.info("%s took weight version %d", replica.url, version)
 
     def _wait_for_servers(self) -> None:
@@ -177,25 +172,14 @@ class VllmServerEngine(RolloutEngine):
                 )
             time.sleep(pause)
 
-    def _write(self, named: Iterator[tuple[str, Tensor]], version: int) -> None:
-        """Writes the new files next to the old ones, which replicas may still be reading, and then drops the old."""
+    def _write(self, named: Iterator[tuple[str, Tensor]]) -> None:
         if not self.first:
             for _ in named:  # the iterator is collective
                 pass
             return
-        if self._directory is None:
-            parent = self.config.transfer_dir or "/dev/shm"
-            self._directory = Path(tempfile.mkdtemp(prefix=f"megatron_opd-{self._run_name}-", dir=parent))
-            self._directory.chmod(0o755)  # servers may run under another user
-        folder = self._directory / f"{version}-{uuid.uuid4().hex[:6]}"
-        folder.mkdir()
-        files = []
-        for number, bucket in enumerate(buckets(named, self.config.bucket_mb << 20)):
-            files.append(str(folder / f"{number:05d}.safetensors"))
-            save_file(bucket, files[-1])
-        for old in {Path(path).parent for path in self._files}:
-            shutil.rmtree(old)
-        self._files = files
+        if self._files is None:
+            self._files = TransferFiles(self.config.transfer_dir or "/dev/shm", self.config.bucket_mb << 20)
+        self._files.write(named)
 
     def _hand_over(self, version: int) -> None:
         for attempt in range(self.config.server_retries + 1):
@@ -339,7 +323,7 @@ class _Run:
         arguments["max_tokens"] -= pinned
         body = {"token_ids": answer.request.prompt.tokens + answer.tokens[:pinned], "sampling_params": arguments}
         position = pinned
-        with contextlib.closing(replica.stream(body, self.engine.tag(self.version))) as choices:
+        with closing(replica.stream(body, self.engine.tag(self.version))) as choices:
             for choice in choices:
                 reason = choice["finish_reason"]
                 if reason is not None and reason not in END_REASONS:

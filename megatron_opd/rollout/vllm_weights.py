@@ -36,7 +36,7 @@ class ParameterLoad:
     def add(self, named: Iterable[tuple[str, Tensor]]) -> None:
         """Loads full tensors under their Hugging Face names; each tensor-parallel rank keeps its part."""
         try:
-            self.loaded |= self.model.load_weights(named)
+            self.loaded |= self.model.load_weights(named)  # type: ignore[operator]  # every vLLM model has it
         except BaseException:
             finalize_layerwise_reload(self.model, self.model_config)  # the model stays usable for the next hand-over
             raise

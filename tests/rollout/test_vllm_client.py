@@ -10,6 +10,7 @@ import json
 import threading
 import time
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from megatron_opd.rollout.vllm_common import (
     request_seed,
     top_candidates,
 )
+from megatron_opd.rollout.vllm_files import TransferFiles
 from megatron_opd.rollout.vllm_server import VllmServerEngine
 from tests.rollout.vllm_tiny import Watcher, requests, texts
 
@@ -197,23 +199,16 @@ def test_a_replica_that_comes_back_gets_the_parameters_before_it_generates(serve
 
 def test_what_the_watcher_saw_stays_where_another_machine_disagrees(servers):
     """The second server's tokens differ from position 10 on; the first one dies behind what was shown."""
-    engine = build(servers, server_retries=5)
-    servers[1].broken = "500"  # all answers start on the first
+    engine = build(servers)
     servers[0].broken, servers[0].after = "die", 14
     servers[1].shift = 1
-
-    class Repair(Watcher):
-        def __call__(self, segments):
-            servers[1].broken = ""
-            return super().__call__(segments)
-
-    watcher = Repair()
-    rollouts = engine.generate(requests(2), SAMPLING, watcher, 12)
-    for rollout, (tokens, _) in zip(rollouts, expected(2)):
-        assert rollout.tokens.tolist() == watcher.seen[rollout.index]
-        assert rollout.tokens.tolist()[:12] == tokens[:12]
-        assert rollout.tokens[12] == request_seed(1, rollout.index, 12) % 400 + 50  # goes on with a seed of its own
-        assert len(rollout) == 24
+    watcher = Watcher()
+    (rollout,) = engine.generate(requests(1), SAMPLING, watcher, 12)
+    assert servers[0].served == 1 and servers[1].served == 2  # once from the start, once behind what was shown
+    assert rollout.tokens.tolist() == watcher.seen[0]
+    assert rollout.tokens.tolist()[:12] == expected(1)[0][0][:12]
+    assert rollout.tokens[12] == request_seed(1, 0, 12) % 400 + 50  # goes on with a seed of its own
+    assert len(rollout) == 24
     engine.close()
 
 
@@ -300,6 +295,19 @@ def test_buckets_are_copies_of_bounded_size():
     made = list(buckets(produce(), 32))
     assert [list(bucket) for bucket in made] == [["p0", "p1"], ["p2", "p3"], ["p4"]]
     assert [t[0].item() for bucket in made for t in bucket.values()] == [0, 1, 2, 3, 4]
+
+
+def test_files_of_a_killed_trainer_are_removed_and_those_of_a_living_one_are_not(tmp_path):
+    living = TransferFiles(str(tmp_path), 1 << 20)
+    living.write(iter([("a", torch.ones(2))]))
+    killed = tmp_path / "megatron_opd-killed"
+    killed.mkdir()
+    (killed / "lock").touch()
+    other = TransferFiles(str(tmp_path), 1 << 20)
+    assert not killed.exists() and all(Path(path).exists() for path in living.paths)
+    other.close()
+    del living
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("other", [[-1.0, -2.5], [-1.0, float("nan")]])

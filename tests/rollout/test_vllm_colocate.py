@@ -169,6 +169,10 @@ def two_ranks(rank, world_size, paths):
     """Data parallel, then tensor parallel engines in the same two ranks, next to a Megatron layout of TP 2."""
     from megatron.core import parallel_state
 
+    from megatron_opd.models.platform import apply_cpu_platform
+
+    if not torch.cuda.is_available():
+        apply_cpu_platform()  # what a trainer on the CPU runs with
     parallel_state.initialize_model_parallel(tensor_model_parallel_size=2)
     group, ranks = parallel_state.get_tensor_model_parallel_group(), parallel_state.get_tensor_model_parallel_rank()
     first, second = load(paths[0]), load(paths[1])

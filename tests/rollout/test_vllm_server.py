@@ -1,4 +1,4 @@
-"""Two real vLLM servers on the CPU: hand-over, log-probs, pruning in flight, two training ranks, and a server that dies.
+"""Two real vLLM servers on the CPU: hand-over, log-probs, pruning in flight, two training ranks, a server that dies.
 
 The tests share the servers and run in the order of the file; the last ones kill them.
 """
