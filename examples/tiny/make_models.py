@@ -17,7 +17,7 @@ from task import FILLER, LABELS, TRAIN_SEED, TRAIN_SIZE, Problem, clean_answer, 
 from transformers import GenerationConfig, Qwen3Config, Qwen3ForCausalLM
 
 PAD, EOS, UNK, VOCAB = 0, 1, 2, 96
-TEACHER_STEPS, CLOSE_STEP, DRIFT_STEPS = 600, 300, 450
+TEACHER_STEPS, CLOSE_STEP, DRIFT_STEPS = 600, 500, 450
 SLOPPY = {"forget_plus": 0.4, "forget_minus": 0.65, "ramble": 0.06}  # how careless the texts of student_drift are
 
 
