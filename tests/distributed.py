@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 
 
-def _child(rank: int, world_size: int, port: int, folder: str, timeout: float, fn: Callable[..., Any], args: tuple):
+def _child(rank: int, world_size: int, port: int, folder: str, timeout: float, fn: Callable[..., Any], args: bytes):
     os.environ.update(
         OMP_NUM_THREADS="1",
         GLOO_SOCKET_IFNAME="lo",
@@ -34,7 +34,7 @@ def _child(rank: int, world_size: int, port: int, folder: str, timeout: float, f
     try:
         store = dist.TCPStore("127.0.0.1", port, is_master=False, timeout=limit)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=world_size, timeout=limit)
-        result = fn(rank, world_size, *args)
+        result = fn(rank, world_size, *pickle.loads(args))
         Path(folder, f"{rank}.result").write_bytes(pickle.dumps(result))
         dist.barrier()  # nobody leaves while another rank still talks to it
         dist.destroy_process_group()
@@ -60,13 +60,15 @@ def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["tests.preload"])  # the server starts with the first call and imports it once
+    packed = pickle.dumps(args)  # by value: multiprocessing would send each tensor as a file descriptor
     processes: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:
         try:
             for rank in range(world_size):
-                target_args = (rank, world_size, store.port, folder, timeout, fn, args)
-                processes.append(context.Process(target=_child, args=target_args, name=f"rank{rank}"))
-                processes[-1].start()
+                target_args = (rank, world_size, store.port, folder, timeout, fn, packed)
+                process = context.Process(target=_child, args=target_args, name=f"rank{rank}")
+                process.start()
+                processes.append(process)
             deadline = time.monotonic() + timeout
             running = list(processes)
             while running:
