@@ -31,7 +31,7 @@ class _Base:
 def _absolute(value: Any) -> Any:
     if not isinstance(value, str) or not value or value.startswith("reasoning_gym:"):
         return value
-    return os.path.normpath(os.path.join(_Base.directory, os.path.expanduser(os.path.expandvars(value))))
+    return os.path.abspath(os.path.join(_Base.directory, os.path.expanduser(os.path.expandvars(value))))
 
 
 FilePath = Annotated[str, BeforeValidator(_absolute)]
