@@ -170,6 +170,7 @@ finish() {
   # not if Slurm has requeued or cancelled it already: a cancelled job must stay so
   if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null) == RUNNING ]]; then
     say "requeueing"
+    trap - TERM
     scontrol requeue "$SLURM_JOB_ID" || stop "$REQUEUE_CODE" "this job may not be requeued: submit it again to go on"
     wait_forever
   fi
