@@ -463,6 +463,8 @@ class Config(_Section):
         if self.score.mode == "fused":
             if self.student.parallel != self.teacher.parallel:
                 problems.append("score.mode: fused needs student.parallel and teacher.parallel to be equal")
+            if self.student.precision != self.teacher.precision:
+                problems.append("score.mode: fused needs student.precision and teacher.precision to be equal")
             if self.prune.in_flight:
                 problems.append("score.mode: fused scores after generation; it excludes prune.in_flight: true")
             if self.prune.cut != "none":

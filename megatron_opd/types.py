@@ -87,4 +87,5 @@ class ScoredBatch:
     effective_length: list[int]
     events: list[int]
     response_tokens: int  # the loss's denominator: all response tokens of the global batch
+    reverse_kl: list[Tensor] | None = None  # [T_i] float32, over the candidates, where no table of them is kept
     advantage: list[Tensor] | None = None  # [T_i] float32 of the verifier's reward, 0 where the teacher judges

@@ -60,10 +60,11 @@ class Model:
         split *= 2 * self.layout.parallel.context if self.layout.parallel.context > 1 else 1
         return math.lcm(split, 16 * split if self.config.fp8 else 1)
 
-    def row(self, lengths: list[int]) -> tuple[PackedRow, int]:
-        """A row of whole sequences for this model, and its tokens with padding (a last sequence of its own)."""
+    def row(self, lengths: list[int], multiple: int = 1) -> tuple[PackedRow, int]:
+        """A row of whole sequences for this model, and its tokens with padding (a last sequence of its own) to a
+        multiple of `row_multiple` and of `multiple`."""
         tokens = sum(lengths)
-        padding = -tokens % self.row_multiple
+        padding = -tokens % math.lcm(self.row_multiple, multiple)
         lengths = [*lengths, padding] if padding else lengths
         return pack_row(lengths, self.device, thd=self.transformer_engine), tokens + padding
 

@@ -19,6 +19,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
+_MASKED_QUERIES = 512  # continuing a cached sequence needs a mask: for so many of its new tokens at a time
+
 
 class KVCache:
     """Keys and values of running sequences, a place per sequence: [places, kv heads / tp, positions, head dim].
@@ -184,12 +186,18 @@ class PackedAttention(MegatronModule):
         if groups > 1:
             key, value = key.repeat_interleave(groups, 1), value.repeat_interleave(groups, 1)
         q, k, v = (x.transpose(0, 1)[None] for x in (query, key, value))
-        mask = None
-        if past:
-            s = query.shape[0]
-            mask = torch.ones(s, past + s, dtype=torch.bool, device=query.device).tril(past)
-        out = scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=past == 0, scale=self.scale)
-        return out[0].transpose(0, 1)
+        if not past:
+            out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.scale)
+            return out[0].transpose(0, 1)
+        outs = []
+        for start in range(0, query.shape[0], _MASKED_QUERIES):  # a mask of so many rows, whatever the lengths
+            part = q[:, :, start : start + _MASKED_QUERIES]
+            end = past + start + part.shape[2]
+            mask = torch.ones(part.shape[2], end, dtype=torch.bool, device=q.device).tril(past + start)
+            outs.append(
+                scaled_dot_product_attention(part, k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=self.scale)
+            )
+        return torch.cat(outs, dim=2)[0].transpose(0, 1)
 
     def _whole(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
         if len(row.lengths) == 1:

@@ -39,6 +39,7 @@ def run_schedule(
     row_tokens: Sequence[int],
     forward_only: bool = False,
     collect: bool = False,
+    width: int | None = None,
 ) -> list[Any]:
     """Runs 1F1B (or the interleaved schedule for several chunks) over this replica's micro-batches.
 
@@ -50,6 +51,7 @@ def run_schedule(
         microbatches: what the iterator yields, at least one.
         row_tokens: tokens of each micro-batch's row, padding for sequence parallelism included.
         forward_only: no gradients.
+        width: columns of what travels between stages; None: the hidden size.
         collect: the loss function returns data instead of a loss (Megatron-Core's collect_non_loss_data).
 
     Returns:
@@ -62,7 +64,7 @@ def run_schedule(
     if len(chunks) > 1:
         p2p = P2PCommunicator(groups.pp, config)
     else:
-        p2p = PlannedP2P(groups.pp, config, [[n // split, 1, config.hidden_size] for n in row_tokens])
+        p2p = PlannedP2P(groups.pp, config, [[n // split, 1, width or config.hidden_size] for n in row_tokens])
     vp = len(chunks) if len(chunks) > 1 else None
     run = get_forward_backward_func(groups.pp.size(), vp)
     iterators = [iter(microbatches) for _ in chunks]

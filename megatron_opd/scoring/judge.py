@@ -15,14 +15,15 @@ def judge(rollouts: list[Rollout], scores: list[TeacherScores], prune: PruneConf
     """Applies the method to one step's answers (method.md, items 2 to 5).
 
     Without a signal every position has prune weight 1 and counts as reliable. With `cut: reliability` positions behind
-    the effective length are not kept; the denominator counts them all the same.
+    the effective length are not kept; the denominator counts them all the same. Without scores (score.mode: fused) the
+    training pass fills in what follows from them.
     """
     lengths = [len(r) for r in rollouts]
-    if prune.signal == "none":
+    if prune.signal == "none" or not scores:
         weights = [torch.ones(n) for n in lengths]
         return ScoredBatch(rollouts, scores, weights, lengths, lengths, [0] * len(lengths), sum(lengths))
     mask = pad_sequence([torch.ones(n, dtype=torch.bool) for n in lengths], batch_first=True)
-    result = from_events(_events(scores, mask, prune), mask, prune.w_drop, prune.w_base)
+    result = from_events(drift_events_of(scores, mask, prune), mask, prune.w_drop, prune.w_base)
     effective = result.effective_length.tolist()
     return ScoredBatch(
         rollouts=rollouts,
@@ -59,11 +60,13 @@ def use_rewards(batch: ScoredBatch, rewards: list[float], members: set[int], cop
             batch.kept_length[i] = len(batch.rollouts[i])
 
 
-def _events(scores: list[TeacherScores], mask: Tensor, prune: PruneConfig) -> Tensor:
-    """[B, T] bool"""
+def drift_events_of(scores: list[TeacherScores], mask: Tensor, prune: PruneConfig) -> Tensor:
+    """Drift events of B answers by the configured signal; mask [B, T]: their response positions -> bool [B, T]."""
     if prune.signal == "teacher_top_p":
         return ~pad_sequence([s.accepted for s in scores], batch_first=True, padding_value=True)
-    # NaN: with grpo a position that nobody judged any more; otherwise a broken teacher, whose loss skips the step
-    unmeasured = 1.0 if prune.after_drift == "grpo" else 0.0
+    # NaN: behind the drift point a position that nobody judged any more; otherwise a broken teacher, whose loss skips
+    # the step
+    unjudged = prune.after_drift == "grpo" or (prune.cut == "reliability" and not prune.in_flight)
+    unmeasured = 1.0 if unjudged else 0.0
     overlap = pad_sequence([s.overlap for s in scores], batch_first=True).nan_to_num(nan=unmeasured)
     return drift_events(overlap, mask, prune.threshold)

@@ -1,4 +1,4 @@
-"""Answers and the teacher's scores of them: one after the other, or, in flight, at the same time."""
+"""The teacher watches running answers: it judges each segment and names the answers that are spent."""
 
 from __future__ import annotations
 
@@ -7,51 +7,18 @@ from typing import Protocol
 
 import torch
 
-from megatron_opd.config import Config, PruneConfig
+from megatron_opd.config import PruneConfig
 from megatron_opd.models.build import Model
 from megatron_opd.parallel.exchange import Fields
 from megatron_opd.prune import ReliabilityState
-from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment
+from megatron_opd.rollout.base import Segment
 from megatron_opd.scoring.incremental import SegmentScorer
-from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.scoring.view import to_scores
 from megatron_opd.types import Rollout, TeacherScores
 
 
 class Clock(Protocol):
     def phase(self, name: str) -> AbstractContextManager[None]: ...
-
-
-def score(
-    engine: RolloutEngine, teacher: Model, requests: list[Request], sampling: Sampling, config: Config, clock: Clock
-) -> tuple[list[Rollout], list[TeacherScores]]:
-    """Generates and scores one step's answers; collective, the same result on every rank."""
-    prune, tokens = config.prune, config.train.tokens_per_microbatch
-    if not prune.in_flight:
-        with clock.phase("rollout"):
-            engine.wake()
-            rollouts = engine.generate(requests, sampling)
-            engine.sleep()
-        with clock.phase("score"), teacher.resident():
-            return rollouts, score_rollouts(teacher, rollouts, prune, tokens)
-    watcher = Watcher(teacher, prune, tokens, len(requests), clock, to_the_end(requests, config))
-    with clock.phase("rollout"), teacher.resident():
-        engine.wake()
-        rollouts = engine.generate(requests, sampling, watcher, prune.segment)
-        engine.sleep()
-    rollouts = [watcher.cut(r) for r in rollouts]
-    return rollouts, [watcher.scores(r) for r in rollouts]
-
-
-def to_the_end(requests: list[Request], config: Config) -> set[int]:
-    """Indices of the answers that are generated on past their drift point."""
-    prune = config.prune
-    if not prune.in_flight or prune.after_drift == "drop":
-        return set()
-    if prune.after_drift == "attenuate":
-        return {r.index for r in requests}
-    prompts = round(prune.grpo_share * config.train.prompts_per_step)  # the loader has shuffled them
-    return {r.index for r in requests if r.index // config.train.answers_per_prompt < prompts}
 
 
 class Watcher:
@@ -61,10 +28,18 @@ class Watcher:
     """
 
     def __init__(
-        self, teacher: Model, prune: PruneConfig, tokens: int, answers: int, clock: Clock, unstopped: set[int]
+        self,
+        teacher: Model,
+        prune: PruneConfig,
+        tokens: int,
+        answers: int,
+        clock: Clock,
+        unstopped: set[int],
+        places: int | None = None,
     ) -> None:
+        """`answers`: their indices are below it. `places`: most that a replica of the teacher holds at once (all)."""
         self.prune, self.clock, self.unstopped = prune, clock, unstopped
-        places = -(-answers // teacher.layout.data_size)
+        places = places or -(-answers // teacher.layout.data_size)
         self.scorer = SegmentScorer(teacher, prune, tokens, places)
         self.state = ReliabilityState(answers, prune.threshold, prune.w_drop, prune.w_base)
         self.found: dict[int, list[Fields]] = {}
@@ -93,16 +68,18 @@ class Watcher:
 
     def scores(self, rollout: Rollout) -> TeacherScores:
         """All segments' scores of one answer that `cut` has ended; positions that the teacher no longer judged have an
-        overlap of NaN and log-probs of 0."""
+        overlap of NaN and the student's own log-probs."""
         parts, n = self.found[rollout.index], len(rollout)
         joined = {name: torch.cat([p[name] for p in parts])[:n] for name in parts[0]}
         missing = n - joined["overlap"].numel()
         if missing:
-            unjudged = {"overlap": float("nan"), "accepted": True}
-            joined = {
-                name: torch.cat([column, column.new_full((missing, *column.shape[1:]), unjudged.get(name, 0.0))])
-                for name, column in joined.items()
+            unjudged = {
+                "overlap": torch.full((missing,), float("nan")),
+                "accepted": torch.ones(missing, dtype=torch.bool),
+                "logprobs": rollout.topk_logprobs[n - missing :],
+                "sampled_logprobs": rollout.logprobs[n - missing :],
             }
+            joined = {name: torch.cat([column, unjudged[name]]) for name, column in joined.items()}
         return to_scores(joined)
 
     def cut(self, rollout: Rollout) -> Rollout:

@@ -7,7 +7,7 @@ from typing import Any
 from megatron_opd.config import Config
 from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.scoring.judge import judge, use_rewards
-from megatron_opd.scoring.watch import score, to_the_end
+from megatron_opd.scoring.score import score, to_the_end
 from megatron_opd.training.guard import Requeue
 from megatron_opd.training.metrics import PhaseClock, step_metrics
 from megatron_opd.training.run import Run
@@ -58,7 +58,7 @@ def step(run: Run) -> dict[str, Any]:
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
         seed=settings.seed * 1_000_003 + run.step,
-        top_logprobs=prune.k,
+        top_logprobs=prune.k if config.score.mode == "separate" else 0,
     )
     rollouts, scores = score(run.engine, run.trainer.teacher, requests, sampling, config, clock)
     with clock.phase("cut"):
@@ -66,11 +66,11 @@ def step(run: Run) -> dict[str, Any]:
         if prune.after_drift == "grpo":
             members = to_the_end(requests, config)
             use_rewards(batch, run.rewards(rollouts, members), members, copies, prune.grpo_coefficient)
-        hit_ratio = run.budget.measure(batch.effective_length)
-        if prune.signal != "none":
-            run.budget.update_from_hit_ratio(hit_ratio)
     with clock.phase("train"):
         result = run.training_step(batch)
+    hit_ratio = run.budget.measure(batch.effective_length)
+    if prune.signal != "none":
+        run.budget.update_from_hit_ratio(hit_ratio)
     run.step += 1
     with clock.phase("sync"):
         gaps = run.hand_over()

@@ -169,10 +169,15 @@ def step_metrics(step: int, clock: PhaseClock, batch: Any, budget: Any, hit_rati
     """The design's numbers of one step that follow from its scored batch. `used`: the budget it was generated with."""
     rollouts, scores, lengths = batch.rollouts, batch.scores, batch.effective_length
     overlap = float(torch.cat([s.overlap for s in scores]).nanmean())
-    divergence = sum(
-        float((r.topk_logprobs.softmax(-1) * (r.topk_logprobs - s.logprobs)).sum()) for r, s in zip(rollouts, scores)
-    )
+    if batch.reverse_kl is not None:
+        divergence = sum(float(d.sum()) for d in batch.reverse_kl)
+    else:
+        divergence = sum(
+            float((r.topk_logprobs.softmax(-1) * (r.topk_logprobs - s.logprobs)).sum())
+            for r, s in zip(rollouts, scores)
+        )
     tokens = sum(len(r) for r in rollouts)
+    judged = sum(int((~s.overlap.isnan()).sum()) for s in scores)  # 0: the signal needs no overlap
     return {
         "step": step,
         "step_s": clock.total,
@@ -189,5 +194,5 @@ def step_metrics(step: int, clock: PhaseClock, batch: Any, budget: Any, hit_rati
         "budget": used,
         "budget_next": budget.current,
         "no_hit_steps": budget.no_hit_steps,
-        "reverse_kl": divergence / tokens,
+        "reverse_kl": divergence / (judged or tokens),
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -25,6 +25,9 @@ class MicroBatch:
     rollout_logprobs: Tensor  # [T] float32, 0 where no response token is predicted
     predicts: Tensor  # [T] bool, a kept response token is predicted here
     advantage: Tensor | None  # [T] float32, of the verifier's reward; None where no answer has one
+    lengths: list[int] = field(default_factory=list)  # tokens of each sequence in the row, padding left out
+    # Where each answer's kept response tokens are predicted, by its place in the batch.
+    spans: dict[int, slice] = field(default_factory=dict)
 
 
 def kept_tokens(batch: ScoredBatch) -> list[int]:
@@ -46,10 +49,16 @@ def plan_training(student: Model, batch: ScoredBatch, tokens_per_microbatch: int
     return plan.microbatches[student.layout.data_rank]
 
 
-def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...], jsd_beta: float) -> MicroBatch:
-    """The row of the named sequences on this rank's device. Without members: one padding token that weighs nothing."""
-    lengths = [kept_tokens(batch)[i] for i in members]
-    row, total = student.row(lengths or [1])
+def build_microbatch(
+    student: Model, batch: ScoredBatch, members: tuple[int, ...], jsd_beta: float, multiple: int = 1
+) -> MicroBatch:
+    """The row of the named sequences on this rank's device, its length a multiple of `multiple`.
+
+    Without members: one padding token that weighs nothing. Without scores (score.mode: fused) the teacher's targets and
+    the prune weights are 0, to be found in the training pass.
+    """
+    lengths = [kept_tokens(batch)[i] for i in members] or [1]
+    row, total = student.row(lengths, multiple)
     width = batch.rollouts[0].topk_ids.shape[1]
     tokens = torch.zeros(total, dtype=torch.int64)
     sampled = torch.zeros(total, dtype=torch.int64)
@@ -58,18 +67,20 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
     teacher_sampled, weight, logprobs = torch.zeros(total), torch.zeros(total), torch.zeros(total)
     predicts = torch.zeros(total, dtype=torch.bool)
     advantage = torch.zeros(total)
+    spans: dict[int, slice] = {}
     at = 0
     for i, length in zip(members, lengths):
-        rollout, score, kept = batch.rollouts[i], batch.scores[i], batch.kept_length[i]
+        rollout, kept = batch.rollouts[i], batch.kept_length[i]
         prompt = len(rollout.prompt.tokens)
         tokens[at : at + prompt] = torch.tensor(rollout.prompt.tokens)
         tokens[at + prompt : at + length] = rollout.tokens[: kept - 1]
-        where = slice(at + prompt - 1, at + length)
+        spans[i] = where = slice(at + prompt - 1, at + length)
         sampled[where] = rollout.tokens[:kept]
         ids[where] = rollout.topk_ids[:kept]
-        teacher[where] = score.logprobs[:kept]
-        teacher_sampled[where] = score.sampled_logprobs[:kept]
-        weight[where] = batch.prune_weight[i][:kept]
+        if batch.scores:
+            teacher[where] = batch.scores[i].logprobs[:kept]
+            teacher_sampled[where] = batch.scores[i].sampled_logprobs[:kept]
+            weight[where] = batch.prune_weight[i][:kept]
         logprobs[where] = rollout.logprobs[:kept]
         predicts[where] = True
         if batch.advantage is not None:
@@ -91,4 +102,6 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
         logprobs.to(device),
         predicts.to(device),
         advantage.to(device) if batch.advantage is not None else None,
+        lengths,
+        spans,
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from statistics import median
 
@@ -18,6 +19,7 @@ from torch import Tensor
 from megatron_opd.config import Config
 from megatron_opd.losses import get_loss, student_logprobs, vocab_parallel_logprobs
 from megatron_opd.parallel.schedule import run_schedule
+from megatron_opd.scoring.fused import FusedTeacher
 from megatron_opd.training.microbatch import MicroBatch, build_microbatch, plan_training
 from megatron_opd.training.setup import Trainer
 from megatron_opd.types import ScoredBatch
@@ -43,6 +45,8 @@ class TrainingStep:
     def __init__(self, trainer: Trainer, config: Config) -> None:
         self.trainer, self.config = trainer, config
         self.loss = get_loss(config.loss.kind)
+        fused = config.score.mode == "fused"
+        self.fused = FusedTeacher(trainer.student, trainer.teacher, config.prune) if fused else None
         self.measure_gap = config.rollout.engine != "megatron"
         self.norms: list[float] = []
 
@@ -70,15 +74,21 @@ class TrainingStep:
 
     def _forward_backward(self, batch: ScoredBatch, plan: tuple[tuple[int, ...], ...]) -> list[float]:
         student, config = self.trainer.student, self.config
-        built = [build_microbatch(student, batch, members, config.loss.jsd_beta) for members in plan]
-        collected = run_schedule(
-            lambda iterator, chunk: self._forward(iterator, chunk, batch.response_tokens),
-            self.trainer.ddp,
-            student.config,
-            student.layout,
-            built,
-            [micro.tokens.numel() for micro in built],
-        )
+        fused = self.fused
+        multiple = fused.row_multiple if fused else 1
+        built = [build_microbatch(student, batch, members, config.loss.jsd_beta, multiple) for members in plan]
+        with self.trainer.teacher.resident() if fused else nullcontext():
+            collected = run_schedule(
+                lambda iterator, chunk: self._forward(iterator, chunk, batch.response_tokens),
+                self.trainer.ddp,
+                student.config,
+                student.layout,
+                built,
+                [micro.tokens.numel() for micro in built],
+                width=sum(fused.widths) if fused else None,
+            )
+        if fused:
+            fused.fill(batch)
         sums = torch.zeros(4, dtype=torch.float64, device=student.device)
         peak = torch.zeros(1, dtype=torch.float64, device=student.device)
         if student.layout.owns_results:
@@ -90,15 +100,25 @@ class TrainingStep:
         return [*sums.tolist(), *peak.tolist()]
 
     def _forward(self, iterator: Iterator[MicroBatch], chunk: torch.nn.Module, denominator: int):
-        micro = next(iterator)
-        out = chunk(micro.tokens[None], None, None, packed_seq_params=micro.row)
-        return out, lambda output: self._loss(output[0], micro, denominator)
+        micro, teacher_logits = next(iterator), None
+        if self.fused:
+            out, teacher_logits = self.fused.forward(chunk, micro.tokens, micro.row, micro.lengths)
+        else:
+            out = chunk(micro.tokens[None], None, None, packed_seq_params=micro.row)
+        return out, lambda output: self._loss(output[0], micro, denominator, teacher_logits)
 
-    def _loss(self, logits: Tensor, micro: MicroBatch, denominator: int) -> tuple[Tensor, Tensor, Tensor]:
+    def _loss(
+        self, logits: Tensor, micro: MicroBatch, denominator: int, teacher_logits: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """logits [T, vocab / tp] -> loss, a token count of zero (the division is done here) and the step's sums."""
         student, group = self.trainer.student, self.trainer.student.layout.groups.tp
         part = torch.zeros(5, dtype=torch.float64, device=logits.device)
         weight, targets = micro.weight, micro.targets
+        if teacher_logits is not None:
+            assert self.fused is not None
+            sampled, beta = targets.sampled_ids, self.config.loss.jsd_beta
+            judged = self.fused.judge(logits.detach(), teacher_logits, sampled, micro.spans, beta)
+            weight, targets = judged.weight, judged.targets
         if self.measure_gap:
             with torch.no_grad():
                 own = vocab_parallel_logprobs(logits.detach(), targets.sampled_ids[:, None], group, student.vocab_size)

@@ -15,6 +15,8 @@ from megatron_opd.config import Config, parse_config
 from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.scoring.judge import judge
 from megatron_opd.scoring.separate import score_rollouts
+from megatron_opd.scoring.until_spent import score_until_spent
+from megatron_opd.training.metrics import PhaseClock
 from megatron_opd.training.setup import Trainer, build_optimizer, build_scheduler, wrap_ddp
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.types import Prompt, Rollout
@@ -58,6 +60,20 @@ CASES = {
     "vpp2 cut": Case("vpp2", "tp2_sp", settings=CUT, cut="reliability", tokens=64),
     "tp2 vpp2 tied cut": Case("tp2_sp_vpp2", "pp2", model="qwen3_tied", settings=CUT, cut="reliability"),
 }
+# One step: the second one's candidates would be those of the changed student, not the reference's.
+LIVE = replace(PAPER, steps=1)
+CASES |= {
+    "fused dp4": Case("tp1", "tp1", settings=LIVE, scoring="fused"),
+    "fused tp2 sp full": Case(
+        "tp2_sp", "tp2_sp", settings=replace(LIVE, kind="full_reverse_kl"), scoring="fused", tokens=64
+    ),
+    "fused pp2": Case("pp2", "pp2", model="qwen3_tied", settings=LIVE, scoring="fused", tokens=64),
+    "fused tp2 pp2": Case("tp2_sp_pp2", "tp2_sp_pp2", settings=LIVE, scoring="fused"),
+    "fused pp2 forward": Case("pp2", "pp2", settings=replace(LIVE, kind="forward_kl"), scoring="fused"),
+    "fused dp4 sampled": Case(
+        "tp1", "tp1", settings=replace(LIVE, kind="sampled_reverse_kl"), scoring="fused", recompute="full"
+    ),
+}
 SPENT = Case("pp2", "tp1", settings=replace(CUT, threshold=1.0, w_drop=1.0), cut="reliability")  # nothing is kept
 
 
@@ -68,10 +84,11 @@ def answers(count: int) -> list[tuple[list[int], list[int]]]:
 
 
 def rollouts(case: Case, reference: Result) -> list[Rollout]:
+    kept = 0 if case.scoring == "fused" else case.settings.k  # fused: no tables of candidates at all
     return [
         Rollout(
-            Prompt(i, "", prompt), i, torch.tensor(response), reference.sampled_logprobs[i], reference.candidates[i],
-            reference.candidate_logprobs[i], "length", 0,
+            Prompt(i, "", prompt), i, torch.tensor(response), reference.sampled_logprobs[i],
+            reference.candidates[i][:, :kept], reference.candidate_logprobs[i][:, :kept], "length", 0,
         )
         for i, (prompt, response) in enumerate(answers(case.answers))
     ]  # fmt: skip
@@ -102,7 +119,13 @@ def megatron_steps(case: Case, reference: Result, directories: dict[str, str]) -
         trainer = Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train))
         step = TrainingStep(trainer, config)
         made = rollouts(case, reference)
-        batch = judge(made, score_rollouts(teacher, made, config.prune, case.tokens), config.prune)
+        if case.scoring == "fused":
+            scores = []
+        elif case.cut == "reliability":
+            scores = score_until_spent(teacher, made, config.prune, case.tokens, PhaseClock())
+        else:
+            scores = score_rollouts(teacher, made, config.prune, case.tokens)
+        batch = judge(made, scores, config.prune)
         results = [step(batch) for _ in range(case.settings.steps)]
         groups = student.layout.groups
         return {
@@ -112,6 +135,7 @@ def megatron_steps(case: Case, reference: Result, directories: dict[str, str]) -
             "microbatches": results[0].microbatches,
             "trained": sum(batch.kept_length),
             "effective": batch.effective_length,
+            "reverse_kl": batch.reverse_kl,
             "overlap": [s.overlap for s in batch.scores],
             "parameters": {n: p.clone() for n, p in export_hf_weights(student.chunks, student.bridge, groups)},
         }
@@ -152,16 +176,20 @@ def results(references, directories):
 def test_steps_equal_the_reference(name, results, references):
     expected, case = references[name], CASES[name]
     for found in (r[name] for r in results):
-        assert found["applied"] == [True, True]
+        assert found["applied"] == [True] * case.settings.steps
         assert found["effective"] == expected.effective_length
         assert found["losses"] == pytest.approx(expected.losses, rel=1e-4)
         assert found["grad_norms"] == pytest.approx(expected.grad_norms, rel=1e-4)
         for mine, theirs in zip(found["overlap"], expected.overlap):
-            torch.testing.assert_close(mine[: len(theirs)], theirs[: len(mine)])
+            judged = ~mine.isnan() if case.cut == "reliability" else slice(None)
+            torch.testing.assert_close(mine[judged], theirs[judged])
         if case.cut == "reliability":
             assert found["trained"] == sum(expected.effective_length) < sum(len(w) for w in expected.prune_weight)
         parameters = {n: p for n, p in expected.parameters.items() if n in found["parameters"]}
         assert set(parameters) == set(found["parameters"])
+        if case.scoring == "fused":
+            for mine, p, q in zip(found["reverse_kl"], expected.candidate_logprobs, expected.teacher_logprobs):
+                torch.testing.assert_close(mine, (p.softmax(-1) * (p - q)).sum(-1), atol=1e-5, rtol=1e-4)
         for parameter, value in found["parameters"].items():
             error = float((value - parameters[parameter]).norm() / parameters[parameter].norm())
             assert error < 2e-5, parameter  # the two steps change it by 1e-2
