@@ -75,7 +75,7 @@ def equal_files(a: Path, b: Path) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="an empty or new directory; removed after")
+    parser.add_argument("--work", required=True, type=Path, metavar="DIR", help="a new directory; removed after")
     parser.add_argument("--tp", type=int, default=2)
     parser.add_argument("--pp", type=int, default=2)
     parser.add_argument("--layers", type=int, default=28)

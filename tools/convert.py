@@ -13,10 +13,11 @@ from __future__ import annotations
 
 import argparse
 import os
+import shutil
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from typing import NoReturn
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also without an installed package
 
+STORE = "CONVERT_STORE"  # environment variable of the processes that this tool starts
 DTYPES = ("bf16", "fp32")
 DEFAULT_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
 
@@ -108,11 +110,9 @@ def main(argv: list[str] | None = None) -> int:
 
 def start_processes(count: int, argv: list[str]) -> int:
     """Runs this command in `count` processes on this machine; the first failure ends the others."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    folder = tempfile.mkdtemp(prefix="convert-")  # where they meet; a port chosen now could be taken by then
     threads = os.environ.get("OMP_NUM_THREADS") or str(max(1, (os.cpu_count() or 1) // count))
-    common = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(count)}
+    common = {STORE: os.path.join(folder, "store"), "GLOO_SOCKET_IFNAME": "lo", "WORLD_SIZE": str(count)}
     command = [sys.executable, str(Path(__file__).resolve()), *argv]
     processes = []
     try:
@@ -139,6 +139,7 @@ def start_processes(count: int, argv: list[str]) -> int:
                     break
                 except subprocess.TimeoutExpired:
                     continue
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
@@ -155,6 +156,9 @@ def process_group(processes: int) -> Iterator[None]:
         raise ConfigError(f"--tp x --pp is {processes}, but {world} processes were started; start {processes}")
     if world == 1:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    elif STORE in os.environ:
+        path, rank = os.environ[STORE], int(os.environ["RANK"])
+        dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=world)
     else:
         dist.init_process_group("gloo")
     try:

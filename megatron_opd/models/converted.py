@@ -113,9 +113,9 @@ def save_converted(
     """
     with whole_directory(out) as folder:
         entries = sharded_entries(local_parameters(chunks, bridge, groups), bridge, groups, loading=False)
-        if is_rank_0():
-            (folder / CHECKPOINT).mkdir()
-        all_gather(None, None)  # the folder is there
+        with together():  # nobody writes before the folder is there
+            if is_rank_0():
+                (folder / CHECKPOINT).mkdir()
         strategy = _StreamingStrategy("torch_dist", 1)
         try:
             dist_checkpointing.save(entries, str(folder / CHECKPOINT), sharded_strategy=strategy)
