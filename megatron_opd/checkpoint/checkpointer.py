@@ -125,7 +125,8 @@ class Checkpointer:
         for candidate in found:
             problem = candidate.problem
             if not problem:
-                self._check_model(candidate)
+                with together():
+                    self._check_model(candidate)
                 try:
                     state = self._load(candidate.path)
                 except (CheckpointError, ModelFileError) as error:

@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.launch import FORWARDED, REQUEUE_EXIT_CODE, WATCHDOG_EXIT_CODE
-from megatron_opd.models.parameters import all_gather
 from megatron_opd.training.lock import HEARTBEAT_S, RunLock, RunLocked
 
 __all__ = ["REQUEUE_EXIT_CODE", "WATCHDOG_EXIT_CODE", "Guard", "Requeue"]
@@ -103,17 +102,17 @@ class Guard:
             self.lock.release()
 
     def _take_lock(self, run_dir: str) -> None:
-        error = ""
+        error = [""]
         if dist.get_rank() == 0:
             try:
                 self.lock = RunLock(run_dir)
             except RunLocked as locked:
-                error = str(locked)
+                error = [str(locked)]
             except OSError as broken:
-                error = f"cannot lock {run_dir}: {broken}"
-        error = all_gather(error, None)[0]
-        if error:
-            raise RunLocked(error)
+                error = [f"cannot lock {run_dir}: {broken}"]
+        dist.broadcast_object_list(error, 0)
+        if error[0]:
+            raise RunLocked(error[0])
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._signal = max(self._signal, number)
