@@ -32,6 +32,8 @@ env)
   exit ;;
 link)
   ip link set "$tag-v$3" "$4"
+  # a node that Slurm gave up is asked for again once in a minute or two; this way it reports at once
+  if [[ $4 == up ]] && alive "$dir/slurmd.n$3.pid"; then kill -HUP "$(cat "$dir/slurmd.n$3.pid")"; fi
   exit ;;
 down)
   [[ -d $dir ]] || exit 0
