@@ -28,6 +28,7 @@ class TransferFiles:
 
     def __init__(self, parent: str, bucket_bytes: int):
         self.bucket_bytes = bucket_bytes
+        Path(parent).mkdir(parents=True, exist_ok=True)
         _remove_abandoned(Path(parent))
         self._directory = Path(tempfile.mkdtemp(prefix=PREFIX, dir=parent))
         self._directory.chmod(0o755)  # servers may run under another user

