@@ -212,7 +212,8 @@ def build(args: argparse.Namespace, directory: Path, precision: str, load: bool 
     parallel = ParallelConfig(tensor=args.tp, pipeline=args.pp)
     pickled = getattr(args, "allow_pickle", False)
     with together():
-        config = ModelConfig(model=str(directory), parallel=parallel, precision=precision, allow_pickle=pickled)
+        keys: dict[str, Any] = {"precision": precision, "allow_pickle": pickled}
+        config = ModelConfig(model=str(directory), parallel=parallel, **keys)
         return build_model("convert", config, teacher_layout(parallel), torch.device("cpu"), weights=load)
 
 

@@ -77,7 +77,7 @@ class ModelBridge:
     def apply_rope(self, chunks: list[torch.nn.Module]) -> None:
         """Gives freshly built GPTModels the exact frequencies of transformers (llama3, yarn and linear scaling)."""
         for chunk in chunks:
-            rotary = chunk.rotary_pos_emb
+            rotary: Any = chunk.rotary_pos_emb
             rotary.inv_freq = self.rope_frequencies.to(rotary.inv_freq.device)
 
     def hf_names(self, name: str) -> list[str]:
@@ -178,7 +178,7 @@ def _instance(
 
     mbridge keeps the tables on the class and lets a tied model change them for every later model of the family.
     """
-    base = FAMILIES[hf_config.model_type]
+    base: Any = FAMILIES[hf_config.model_type]
     tables = {name: dict(getattr(base, name)) for name in _MAPPINGS}
     # Transformer Engine fuses these norms into the linear layer behind them; the local layers keep them apart.
     tables["_OTHER_MAPPING"]["input_layernorm.weight"] = [_LAYER + "input_layernorm.weight"]

@@ -71,7 +71,7 @@ def megatron_logits(model: Model, tokens: Tensor) -> Tensor:
 def load_transformers(hf_dir: str | Path, stored: torch.dtype, dtype: torch.dtype, allow_pickle: bool = False) -> Any:
     """The transformers model of a directory in `dtype`, its parameters rounded to `stored` before."""
     safetensors = None if allow_pickle else True
-    model = AutoModelForCausalLM.from_pretrained(
+    model: Any = AutoModelForCausalLM.from_pretrained(
         hf_dir, dtype=stored, local_files_only=True, trust_remote_code=False, use_safetensors=safetensors
     )
     return model.to(dtype).eval()

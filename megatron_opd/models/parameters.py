@@ -135,7 +135,7 @@ def raise_together(error: BaseException | None) -> None:
     if error is None and messages:
         error = ModelFileError(messages[0])
     if error is not None:
-        error.known_to_all = True  # type: ignore[attr-defined] -- one rank can speak for all
+        error.known_to_all = True  # type: ignore[attr-defined]  # so one rank can speak for all
         raise error
 
 
