@@ -204,7 +204,7 @@ class PruneConfig(_Section):
     signal: Literal["overlap", "teacher_top_p", "none"] = "overlap"
     """What makes a drift event: low top-k overlap, or a sampled token outside the teacher's nucleus."""
     k: Positive = 16
-    """Candidates per position, for the overlap and for the top-k loss."""
+    """Candidates per position whose overlap is taken; also those of the top-k loss, unless `loss.k` says otherwise."""
     threshold: Fraction = 0.7
     """Overlap below this is an event."""
     teacher_top_p: Fraction = 0.95
@@ -265,6 +265,8 @@ class LossConfig(_Section):
         "topk_reverse_kl"
     )
     """The distillation loss. topk_reverse_kl is the published one."""
+    k: Positive | None = None
+    """Candidates per position of topk_reverse_kl; null takes prune.k, as the method does."""
     jsd_beta: Fraction = 0.5
     """Interpolation of generalized_jsd: towards 0 the forward, towards 1 the reverse KL."""
     chunk_tokens: Positive = 1024
@@ -328,8 +330,8 @@ class DataConfig(_Section):
     prompts: FilePath
     """JSONL (.jsonl) or Parquet (.parquet) file, or reasoning_gym:NAME."""
     prompt_key: str = "prompt"
-    """Column of the prompt: text, or chat messages; dots reach into objects. A file without it is looked through for the
-    columns that DAPO-Math-17K, AIME, AMC and HMMT use, and the choice is reported."""
+    """Column of the prompt: text, or chat messages; dots reach into objects. A file without it is looked through for
+    the columns that DAPO-Math-17K, AIME, AMC and HMMT use, and the choice is reported."""
     answer_key: str = "answer"
     """Column of the reference answer; dots reach into objects (reward_model.ground_truth). Known columns are found as
     for prompt_key."""
@@ -456,6 +458,16 @@ class Config(_Section):
     """Evaluation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+
+    @property
+    def loss_k(self) -> int:
+        """Candidates per position of the top-k loss."""
+        return self.loss.k or self.prune.k
+
+    @property
+    def candidates(self) -> int:
+        """The student's most likely tokens that are kept at each position."""
+        return max(self.prune.k, self.loss_k)
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -111,7 +111,7 @@ class Case:
     """One run of several that share their processes."""
 
     name: str  # of its run_dir
-    overrides: tuple[str, ...] = ()
+    overrides: tuple[str, ...] = ()  # FOLDER stands for the TinyRun's
     resumes: tuple[str, int] | None = None  # from a copy of that run_dir's checkpoint of that step
     prepare: Callable[[Path], object] | None = None  # rank 0 calls it with the run_dir, before the run
     before_step: Callable[[int, int], object] | None = None  # every rank calls it with its number and the step's
@@ -159,7 +159,8 @@ def run_cases(rank: int, world: int, folder: Path, cases: list[Case]) -> list[Ou
         said, error = io.StringIO(), None
         try:
             with contextlib.redirect_stdout(said):
-                loop.train(load_config(folder / "config.yaml", [f"run_dir={run_dir}", *case.overrides]))
+                overrides = [text.replace("FOLDER", str(folder)) for text in case.overrides]
+                loop.train(load_config(folder / "config.yaml", [f"run_dir={run_dir}", *overrides]))
         except Exception as caught:
             error = caught
         finally:

@@ -9,7 +9,7 @@ after the backward.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -39,6 +39,12 @@ class DistillTargets:
     teacher_logits: Tensor | None = None
     importance: Tensor | None = None
     jsd_beta: float = 0.5
+
+    def first(self, k: int) -> DistillTargets:
+        """These targets with the k most likely candidates alone."""
+        if self.student_ids is None or self.teacher_logprobs is None:
+            return self
+        return replace(self, student_ids=self.student_ids[:, :k], teacher_logprobs=self.teacher_logprobs[:, :k])
 
     def require(self, loss: str, field: str) -> Tensor:
         """The tensor in `field`; raises ValueError naming the loss that needs it."""

@@ -16,7 +16,7 @@ from megatron_opd.models.packed import KVCache, PackedRow, decode_row, prefill_r
 
 @contextmanager
 def _plain_linears(chunk: torch.nn.Module) -> Iterator[None]:
-    """Megatron-Core's own linear layers multiply without their autograd function, a third of a small decode step's calls.
+    """Megatron-Core's own linear layers multiply plainly; their autograd functions are a third of a small step's calls.
 
     `_forward_impl` is private to Megatron-Core; Transformer Engine's layers have none and stay as they are.
     """

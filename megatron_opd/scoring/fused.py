@@ -36,8 +36,8 @@ class Judged:
 class FusedTeacher:
     """Runs the teacher inside the student's forward steps and judges each row as it comes out."""
 
-    def __init__(self, student: Model, teacher: Model, prune: PruneConfig) -> None:
-        self.student, self.teacher, self.prune = student, teacher, prune
+    def __init__(self, student: Model, teacher: Model, prune: PruneConfig, candidates: int) -> None:
+        self.student, self.teacher, self.prune, self.candidates = student, teacher, prune, candidates
         self.widths = [student.config.hidden_size, teacher.config.hidden_size]
         self.row_multiple = math.lcm(student.row_multiple, teacher.row_multiple)
         self._found: list[tuple[int, Fields]] = []
@@ -79,7 +79,7 @@ class FusedTeacher:
             spans: the positions of each answer's response, by the answer's place in the batch.
         """
         group, vocab_size, prune = self.student.layout.groups.tp, self.student.vocab_size, self.prune
-        ids = vocab_parallel_topk(logits, prune.k, group, vocab_size)[1]
+        ids = vocab_parallel_topk(logits, self.candidates, group, vocab_size)[1]
         own = vocab_parallel_logprobs(logits, ids, group, vocab_size)
         view = teacher_view(teacher_logits, Candidates(ids, sampled), prune, vocab_size, group)
         view["divergence"] = candidate_terms(own, view["logprobs"]).sum(-1)

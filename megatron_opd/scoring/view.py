@@ -48,7 +48,7 @@ def teacher_view(
     overlap = torch.full((rows,), float("nan"), device=logits.device)
     accepted = torch.ones(rows, dtype=torch.bool, device=logits.device)
     if prune.signal == "overlap":
-        overlap = count_shared(logits, asked.topk_ids, prune.k, group, vocab_size) / prune.k
+        overlap = count_shared(logits, asked.topk_ids[:, : prune.k], prune.k, group, vocab_size) / prune.k
     elif prune.signal == "teacher_top_p":
         accepted = teacher_top_p_accept(logits, asked.sampled, prune.k, prune.teacher_top_p, group, vocab_size)
     return {"logprobs": values[:, :-1], "sampled_logprobs": values[:, -1], "overlap": overlap, "accepted": accepted}

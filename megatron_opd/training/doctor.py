@@ -206,7 +206,7 @@ def _sample_batch(doctor: Doctor) -> list[Rollout]:
         prompts = load_prompts(config.data, tokenizer).prompts[: min(16, config.train.prompts_per_step)]
         sampling = Sampling(
             max_tokens=min(512, config.prune.budget.maximum), temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p, seed=config.train.seed, top_logprobs=config.prune.k,
+            top_p=config.rollout.top_p, seed=config.train.seed, top_logprobs=config.candidates,
         )  # fmt: skip
         doctor.rollouts = engine.generate([Request(p, i) for i, p in enumerate(prompts)], sampling)
     return doctor.rollouts

@@ -58,7 +58,7 @@ def step(run: Run) -> dict[str, Any]:
         top_p=config.rollout.top_p,
         top_k=config.rollout.top_k,
         seed=settings.seed * 1_000_003 + run.step,
-        top_logprobs=prune.k if config.score.mode == "separate" else 0,
+        top_logprobs=config.candidates if config.score.mode == "separate" else 0,
     )
     rollouts, scores = score(run.engine, run.trainer.teacher, requests, sampling, config, clock)
     with clock.phase("cut"):

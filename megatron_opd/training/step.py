@@ -46,7 +46,7 @@ class TrainingStep:
         self.trainer, self.config = trainer, config
         self.loss = get_loss(config.loss.kind)
         fused = config.score.mode == "fused"
-        self.fused = FusedTeacher(trainer.student, trainer.teacher, config.prune) if fused else None
+        self.fused = FusedTeacher(trainer.student, trainer.teacher, config.prune, config.candidates) if fused else None
         self.measure_gap = config.rollout.engine != "megatron"
         self.norms: list[float] = []
 
@@ -133,7 +133,7 @@ class TrainingStep:
                 weight = weight * ratio
         total = self.loss(
             logits,
-            targets,
+            targets.first(self.config.loss_k),
             weight,
             group,
             vocab_size=student.vocab_size,

@@ -1,0 +1,39 @@
+"""One run through the command line: killed, asked to stop, started again; against one that was left alone."""
+
+from __future__ import annotations
+
+import random
+import signal
+import time
+from pathlib import Path
+
+from tests.tiny_run import LIMIT_S, TinyRun, kill
+
+STEPS = 14
+
+
+def wait_for_step(run: TinyRun, process, step: int) -> None:
+    deadline = time.monotonic() + LIMIT_S
+    while run.steps_logged() < step:
+        assert process.poll() is None and time.monotonic() < deadline, run.output()
+        time.sleep(0.02)
+
+
+def test_killed_and_stopped_and_started_again(tmp_path: Path) -> None:
+    run = TinyRun(tmp_path, train={"steps": STEPS}, checkpoint={"every": 3})
+    left_alone = tmp_path / "left_alone"
+    assert run.train(f"run_dir={left_alone}") == 0, run.output()
+
+    process = run.start()
+    wait_for_step(run, process, random.SystemRandom().randint(3, 7))
+    kill(process)
+
+    process = run.start()
+    wait_for_step(run, process, 8)
+    process.send_signal(signal.SIGTERM)  # to the launcher, as Slurm's and a user's kill do
+    assert run.wait(process) == 75, run.output()
+    assert "SIGTERM" in run.output() and "start again to go on" in run.output()
+
+    assert run.train() == 0, run.output()
+    assert "resumed at step" in run.output()
+    assert run.metrics() == run.metrics(left_alone)
