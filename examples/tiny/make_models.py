@@ -1,11 +1,16 @@
 """Trains everything under models/ from scratch: the tokenizer, the teacher and the two students.
 
-python examples/tiny/make_models.py --out examples/tiny/models
+    python examples/tiny/make_models.py --out examples/tiny/models
+
+About 20 minutes on two idle cores: 600 and 450 steps of 1.0 to 1.2 s, as measured with one thread a model. The weights in
+the tree were made so, by these functions with these seeds, both models at once, except that their parameters were also
+rounded to bfloat16 after every hundredth step: a new run comes close to them and not to the same bits.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import io
 import random
 import time
@@ -120,10 +125,8 @@ def train(
 def save(model: Qwen3ForCausalLM, tokenizer: Path, out: Path) -> None:
     """Hugging Face format, bfloat16, with the shared tokenizer beside it."""
     out.mkdir(parents=True, exist_ok=True)
-    dtype = next(model.parameters()).dtype
     model.generation_config = GenerationConfig(eos_token_id=EOS, pad_token_id=PAD, do_sample=True, temperature=1.0)
-    model.to(torch.bfloat16).save_pretrained(out)
-    model.to(dtype)
+    copy.deepcopy(model).to(torch.bfloat16).save_pretrained(out)  # a copy: training goes on from unrounded parameters
     if out / "tokenizer.model" != tokenizer:
         (out / "tokenizer.model").write_bytes(tokenizer.read_bytes())
 
