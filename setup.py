@@ -24,6 +24,7 @@ setup(
         "megatron-core>=0.16.1",
         "mbridge>=0.15.1",
         "transformers>=5.17,<5.20",  # the range of vllm 0.32
+        "einops",  # Megatron-Core's process grids
         "safetensors",
         "sentencepiece",
         "numpy<2.4",

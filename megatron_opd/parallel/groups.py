@@ -71,6 +71,7 @@ def student_layout(parallel: ParallelConfig) -> Layout:
             context_parallel_size=parallel.context,
             expert_model_parallel_size=parallel.expert,
             expert_tensor_parallel_size=1 if parallel.expert > 1 else None,
+            create_gloo_process_groups=False,  # a second set, for a checkpoint format that is not used here
         )
     return Layout(parallel, ProcessGroupCollection.use_mpu_process_groups())
 
@@ -85,33 +86,52 @@ def teacher_layout(parallel: ParallelConfig) -> Layout:
     experts = HyperCommGrid(
         [expert_tp, parallel.expert, world // (expert_tp * parallel.expert * pp), pp], ["tp", "ep", "dp", "pp"]
     )
+    shared = _SharedGroups()
     groups = ProcessGroupCollection(
-        tp=dense.create_pg("tp"),
-        cp=dense.create_pg("cp"),
-        dp=dense.create_pg("dp"),
-        pp=dense.create_pg("pp"),
-        dp_cp=dense.create_pg(["cp", "dp"]),
-        mp=dense.create_pg(["tp", "pp"]),
-        tp_cp=dense.create_pg(["tp", "cp"]),
-        tp_dp_cp=dense.create_pg(["tp", "cp", "dp"]),
-        expt_tp=experts.create_pg("tp"),
-        ep=experts.create_pg("ep"),
-        expt_dp=experts.create_pg("dp"),
-        tp_ep=experts.create_pg(["tp", "ep"]),
-        tp_ep_pp=experts.create_pg(["tp", "ep", "pp"]),
+        tp=shared.of(dense, "tp"),
+        cp=shared.of(dense, "cp"),
+        dp=shared.of(dense, "dp"),
+        pp=shared.of(dense, "pp"),
+        dp_cp=shared.of(dense, "cp", "dp"),
+        mp=shared.of(dense, "tp", "pp"),
+        tp_cp=shared.of(dense, "tp", "cp"),
+        tp_dp_cp=shared.of(dense, "tp", "cp", "dp"),
+        expt_tp=shared.of(experts, "tp"),
+        ep=shared.of(experts, "ep"),
+        expt_dp=shared.of(experts, "dp"),
+        tp_ep=shared.of(experts, "tp", "ep"),
+        tp_ep_pp=shared.of(experts, "tp", "ep", "pp"),
     )
-    groups.embd, groups.pos_embd = _embedding_groups(world, pp)
+    groups.embd, groups.pos_embd = _embedding_groups(world, pp, shared)
     return Layout(parallel, groups)
 
 
-def _embedding_groups(world: int, pp: int) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
+class _SharedGroups:
+    """Groups by their ranks: dimensions of size one coincide with others, and every group costs a connection and, on
+    gloo, a thread that wakes up a hundred times a second."""
+
+    def __init__(self) -> None:
+        self._made: dict[str, dist.ProcessGroup] = {}
+
+    def of(self, grid: HyperCommGrid, *dims: str) -> dist.ProcessGroup:
+        """This rank's group over the named dimensions of the grid."""
+        return self.among(grid.get_rank_enum(list(dims)))
+
+    def among(self, ranks: list[list[int]]) -> dist.ProcessGroup:
+        """This rank's group of a partition of all ranks. Every rank asks for the same partitions in the same order."""
+        partition = sorted(sorted(part) for part in ranks)
+        if str(partition) not in self._made:
+            self._made[str(partition)] = dist.new_subgroups_by_enumeration(partition)[0]
+        return self._made[str(partition)]
+
+
+def _embedding_groups(
+    world: int, pp: int, shared: _SharedGroups
+) -> tuple[dist.ProcessGroup | None, dist.ProcessGroup | None]:
     """First and last stage of each pipeline share tied embeddings; the first holds position embeddings."""
     stride = world // pp
-    mine: list[dist.ProcessGroup | None] = [None, None]
-    for start in range(stride):
-        ends = sorted({start, start + stride * (pp - 1)})
-        for i, ranks in enumerate((ends, [start])):
-            group = dist.new_group(ranks)
-            if dist.get_rank() in ranks:
-                mine[i] = group
-    return mine[0], mine[1]
+    middle = [[rank] for rank in range(stride, stride * (pp - 1))]
+    ends = [sorted({start, start + stride * (pp - 1)}) for start in range(stride)]
+    embedding, single = shared.among(ends + middle), shared.among([[rank] for rank in range(world)])
+    stage = dist.get_rank() // stride
+    return embedding if stage in (0, pp - 1) else None, single if stage == 0 else None

@@ -108,7 +108,7 @@ def build_optimizer(student: Model, ddp: list[torch.nn.Module], train: TrainConf
         params_dtype=student.config.params_dtype,
         use_distributed_optimizer=train.distributed_optimizer,
     )
-    return get_megatron_optimizer(settings, ddp)
+    return get_megatron_optimizer(settings, ddp, use_gloo_process_groups=False)
 
 
 def build_scheduler(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:
