@@ -12,7 +12,6 @@ import io
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import psutil
 import sentencepiece
 import torch
 import yaml
@@ -173,9 +173,14 @@ def run_cases(rank: int, world: int, folder: Path, cases: list[Case]) -> list[Ou
 
 
 def kill(process: subprocess.Popen[str]) -> None:
-    """kill -9 of the launcher and all ranks: they share a process group."""
-    os.killpg(process.pid, signal.SIGKILL)
+    """kill -9 of the launcher and all ranks, which torchrun has put into sessions of their own."""
+    launcher = psutil.Process(process.pid)
+    everything = [launcher, *launcher.children(recursive=True)]
+    for one in everything:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
     process.wait()
+    psutil.wait_procs(everything)
 
 
 def child_environment() -> dict[str, str]:

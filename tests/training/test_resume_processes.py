@@ -25,7 +25,7 @@ def test_killed_and_stopped_and_started_again(tmp_path: Path) -> None:
     assert run.train(f"run_dir={left_alone}") == 0, run.output()
 
     process = run.start()
-    wait_for_step(run, process, random.SystemRandom().randint(3, 7))
+    wait_for_step(run, process, random.SystemRandom().randint(3, 6))
     kill(process)
 
     process = run.start()
