@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import sys
+import warnings
 from collections.abc import Callable
 
 from megatron_opd.config import Config, ConfigError, all_keys, load_config
@@ -50,6 +51,8 @@ def main(arguments: list[str] | None = None) -> int:
 
 def run(options: argparse.Namespace, config: Config) -> int:
     """Runs one process's part of a command."""
+    if "PYTHONWARNINGS" not in os.environ:  # deprecations inside torch and Megatron-Core, once per rank, hide our lines
+        warnings.filterwarnings("ignore", module=r"torch|megatron\.core")
     if options.command == "train":
         from megatron_opd.training.loop import train
 
