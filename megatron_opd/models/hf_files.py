@@ -256,7 +256,8 @@ def _shard_name(i: int, count: int) -> str:
 def side_files(directory: str | Path) -> list[Path]:
     """Files that travel with the parameters: configuration, tokenizer, chat template, generation settings, card."""
     found = {path for pattern in _SIDE_FILES for path in Path(directory).glob(pattern)}
-    return sorted(path for path in found if not path.name.endswith(".index.json"))
+    own = ("state.json", "megatron_opd.json")  # of a run's checkpoint and of a converted directory
+    return sorted(path for path in found if not path.name.endswith(".index.json") and path.name not in own)
 
 
 def parse_size(text: str) -> int:
