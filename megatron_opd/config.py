@@ -47,7 +47,7 @@ class ParallelConfig(_Section):
     virtual_pipeline: Positive = 1
     """Model chunks per pipeline stage; above 1 the interleaved schedule runs. Student only."""
     context: Positive = 1
-    """Context-parallel size. Needs Transformer Engine."""
+    """Context-parallel size. Only 1 is supported so far; anything else is refused."""
     expert: Positive = 1
     """Expert-parallel size of mixture-of-experts models."""
     sequence: bool = False
@@ -477,6 +477,8 @@ class Config(_Section):
                 problems.append("score.mode: fused needs student.parallel and teacher.parallel to be equal")
             if self.student.precision != self.teacher.precision:
                 problems.append("score.mode: fused needs student.precision and teacher.precision to be equal")
+            if self.teacher.offload:
+                problems.append("score.mode: fused needs the teacher beside the student; set teacher.offload: false")
             if self.prune.in_flight:
                 problems.append("score.mode: fused scores after generation; it excludes prune.in_flight: true")
             if self.prune.cut != "none":

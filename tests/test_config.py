@@ -78,6 +78,11 @@ def test_fused_scoring_needs_equal_layouts() -> None:
         read(score={"mode": "fused"}, student={"model": "/s", "parallel": {"tensor": 2}})
 
 
+def test_fused_scoring_excludes_an_offloaded_teacher() -> None:
+    with pytest.raises(ConfigError, match="set teacher.offload: false"):
+        read(score={"mode": "fused"}, teacher={"model": "/t", "offload": True})
+
+
 def test_paths_of_a_file_are_relative_to_it_and_those_of_overrides_are_not(
     file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -41,6 +41,11 @@ def use_transformer_engine(name: str, model: ModelConfig, cpu: bool) -> bool:
                 "set context: 1"
             )
         return False
+    if model.parallel.context > 1:
+        raise ConfigError(
+            f"{name}.parallel.context: {model.parallel.context} is not supported: rows are not split over "
+            "context-parallel ranks yet; set context: 1 and raise tensor or pipeline"
+        )
     if model.implementation == "local":
         return False
     if not found:

@@ -47,7 +47,7 @@ class TrainingStep:
         self.loss = get_loss(config.loss.kind)
         fused = config.score.mode == "fused"
         self.fused = FusedTeacher(trainer.student, trainer.teacher, config.prune, config.candidates) if fused else None
-        self.measure_gap = config.rollout.engine != "megatron"
+        self.measure_gap = config.rollout.engine != "megatron" or config.rollout.importance_clip is not None
         self.norms: list[float] = []
 
     def __call__(self, batch: ScoredBatch) -> StepResult:

@@ -63,6 +63,11 @@ def test_what_needs_a_gpu_does_not_fall_back(values: dict, message: str) -> None
         use_transformer_engine("teacher", ModelConfig(model="/m", **values), cpu=True)
 
 
+def test_context_parallelism_is_refused_on_gpus_too() -> None:
+    with pytest.raises(ConfigError, match="student.parallel.context: 2 is not supported"):
+        use_transformer_engine("student", ModelConfig(model="/m", parallel=ParallelConfig(context=2)), cpu=False)
+
+
 def test_a_model_directory_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="student.model: no directory"):
         check_layout("student", ModelConfig(model=str(tmp_path / "none")))
