@@ -118,7 +118,7 @@ def _used_columns(shard: VocabShard, k: int, device: torch.device) -> Tensor:
 
 @torch.no_grad()
 def share_topk(models: Sequence[Tensor], k: int, shard: VocabShard) -> list[LocalTop]:
-    """This rank's share of the global top-k of each model's logits [tokens, vocab / tp]; one all-reduce of values."""
+    """This rank's share of the global top-k of each model's logits [tokens, vocab / tp]; one all-gather of values."""
     check_k(k, shard)
     real = shard.real_columns()
     width = min(k, real)
@@ -126,13 +126,13 @@ def share_topk(models: Sequence[Tensor], k: int, shard: VocabShard) -> list[Loca
     dtype = models[0].dtype
     for logits in models[1:]:
         dtype = torch.promote_types(dtype, logits.dtype)
-    buffer = torch.zeros((tokens, len(models), shard.world, k), dtype=dtype, device=device)
+    mine = torch.zeros((tokens, len(models), k), dtype=dtype, device=device)
     ids = torch.full((tokens, len(models), k), -1, dtype=torch.int64, device=device)
     for m, logits in enumerate(models):
         if width:
             values, ids[:, m, :width], invalid = local_topk(logits[:, :real], width)
-            buffer[:, m, shard.rank, :width] = values.masked_fill_(invalid[:, None], torch.nan)
-    shard.sum(buffer)
+            mine[:, m, :width] = values.masked_fill_(invalid[:, None], torch.nan)
+    buffer = shard.gather(mine)
     used = _used_columns(shard, k, device)
     values = buffer.flatten(2)[..., used]
     invalid = values.isnan().any(-1)

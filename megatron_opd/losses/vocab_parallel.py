@@ -53,6 +53,14 @@ class VocabShard:
             dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return tensor
 
+    def gather(self, tensor: Tensor) -> Tensor:
+        """All-gathers [..., n] of every rank as [..., tp, n]."""
+        if self.world == 1:
+            return tensor[..., None, :]
+        parts = tensor.new_empty((self.world, *tensor.shape))
+        dist.all_gather(list(parts.unbind()), tensor.contiguous(), group=self.group)
+        return parts.movedim(0, -2)
+
 
 def vocab_shard(logits: Tensor, group: dist.ProcessGroup | None = None, vocab_size: int | None = None) -> VocabShard:
     """Describes the shard in `logits` [tokens, vocab / tp]; `vocab_size` None means that there is no padding.
