@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
+import time
 from types import FrameType
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run was asked to stop and has saved; start it again to go on
@@ -26,6 +28,8 @@ def torchrun(arguments: list[str]) -> int:
         run(["--signals-to-handle=SIGINT,SIGHUP", *arguments])
         return 0
     except ChildFailedError as error:
+        for rank, failure in sorted(error.failures.items()):
+            print(describe_end(rank, failure.exitcode, failure.timestamp), file=sys.stderr, flush=True)
         codes = [failure.exitcode for failure in error.failures.values()]
         return agreed_exit_code(codes, error.get_first_failure()[1].exitcode, notices.received is not None)
 
@@ -47,6 +51,13 @@ class Notices:
                 child.send_signal(number)
             except psutil.NoSuchProcess:
                 continue
+
+
+def describe_end(rank: int, code: int, when: float) -> str:
+    """One line on a rank that failed; `code` is negative for a signal, `when` in seconds since the epoch."""
+    known = {REQUEUE_EXIT_CODE: ": stopped on request, saved", WATCHDOG_EXIT_CODE: ": a step hung"}
+    end = f"exit code {code}{known.get(code, '')}" if code >= 0 else f"{signal.Signals(-code).name}"
+    return f"launch: {time.strftime('%T', time.localtime(when))} rank {rank} ended by {end}"
 
 
 def agreed_exit_code(codes: list[int], first: int, stop_was_asked: bool) -> int:

@@ -127,17 +127,19 @@ wait_for() {
 
 newest_checkpoint() { find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }
 
-# What went wrong, and where to read on.
+# What went wrong, and where to read on: why each rank ended, the first one first, and what they said of it themselves.
 explain() {
   local node
   for node in "${TRAIN_NODES[@]}"; do
     if [[ -s $LOG_DIR/$node.log ]]; then
-      grep -h -E '^ +(rank|exitcode) +:|megatron-opd: |^launch: node' "$LOG_DIR/$node.log" | tail -n 4 |
-        sed "s|^ *|  $node: |"
+      sed -n "s|^launch: \([0-9:]* rank .*\)|  \1 on $node|p" "$LOG_DIR/$node.log"
     else
       echo "  $node: no log: the node never started"
     fi
-  done
+  done | sort | head -n 8
+  for node in "${TRAIN_NODES[@]}"; do
+    sed -n "s|.*\(megatron-opd: .*\)|  $node: \1|p" "$LOG_DIR/$node.log" 2>/dev/null | tail -n 2
+  done | head -n 8
   echo "  logs: $LOG_DIR/NODE.log, of each rank alone: $LOG_DIR/ranks"
 }
 

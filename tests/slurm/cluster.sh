@@ -88,8 +88,8 @@ for ((i = 1; i <= nodes; i++)); do
   ip -n $tag-n$i link set lo up
   echo "$net.1$i n$i" >>"$dir/etc/hosts"
 done
-# Short times, so that a scenario takes a minute: a node is given up 20 s after its link went, a requeued job starts after
-# 10 s (credentials must have expired), KillWait stays at Slurm's default of 30 s.
+# Short times, so that a scenario takes less than a minute: a node is given up some 20 s after its link went, a requeued
+# job starts after 5 s (credentials must have expired), what SIGTERM does not end is killed after 15 s (Slurm's default: 30).
 cat >"$conf" <<C
 ClusterName=$tag
 SlurmctldHost=$(hostname)($net.1)
@@ -98,7 +98,7 @@ SlurmdPort=27818
 SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
-AuthInfo=socket=$munge,cred_expire=10
+AuthInfo=socket=$munge,cred_expire=5
 CredType=cred/munge
 StateSaveLocation=$dir/state
 SlurmdSpoolDir=$dir/spool.%n
@@ -110,11 +110,11 @@ ProctrackType=proctrack/linuxproc
 TaskPlugin=task/none
 SelectType=select/cons_tres
 SelectTypeParameters=CR_CPU
-SchedulerParameters=batch_sched_delay=0,sched_interval=2
-SlurmdTimeout=20
+SchedulerParameters=batch_sched_delay=0,sched_interval=1
+SlurmdTimeout=12
 TCPTimeout=5
 MessageTimeout=10
-KillWait=30
+KillWait=15
 OverTimeLimit=0
 ReturnToService=2
 MpiDefault=none

@@ -56,7 +56,7 @@ class Cluster:
         environment = self.environment | {
             "CONFIG": str(config), "RUN_DIR": str(run_dir), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
             "PYTHONWARNINGS": "ignore", "MIN_FREE_GB": "0.001", "MIN_GBPS": "0.001", "PREFLIGHT": "0",
-            "EXIT_GRACE_S": "30",
+            "EXIT_GRACE_S": "15", "PYTHONDONTWRITEBYTECODE": "",
         } | settings  # fmt: skip
         output = run_dir.parent / f"{run_dir.name}.out"
         command = ["sbatch", "--parsable", f"--output={output}", *sbatch, str(TRAIN), *overrides]
