@@ -22,16 +22,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.kernels import combine_log_sum_exp, compute_dtype, full_precision_chunks
 from megatron_opd.losses.gathered import check_rows
-from megatron_opd.losses.vocab_parallel import (
-    VocabShard,
-    check_temperature,
-    combine_log_sum_exp,
-    compute_dtype,
-    full_precision_chunks,
-    local_log_sum_exp,
-    vocab_shard,
-)
+from megatron_opd.losses.vocab_parallel import VocabShard, check_temperature, local_log_sum_exp, vocab_shard
 
 Kind = Literal["full_reverse_kl", "forward_kl", "generalized_jsd"]
 
@@ -102,7 +95,7 @@ class _FullLoss(torch.autograd.Function):
     ) -> Tensor:
         dtype = compute_dtype(student)
         local = [local_log_sum_exp(x, shard, temperature, chunk_tokens).to(dtype) for x in (student, teacher)]
-        log_z, _ = combine_log_sum_exp(torch.stack(local, dim=1), shard)
+        log_z, _ = combine_log_sum_exp(torch.stack(local, dim=1), shard.group)
         sums = torch.zeros((student.shape[0], 2), dtype=dtype, device=student.device)
         for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, temperature, chunk_tokens):
             sums[rows] = _token_sums(kind, logp, logq, beta)

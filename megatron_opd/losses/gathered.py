@@ -17,12 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.losses.vocab_parallel import (
-    VocabShard,
-    full_precision_chunks,
-    gathered_logprobs,
-    vocab_shard,
-)
+from megatron_opd.kernels import topk_loss_backward_
+from megatron_opd.losses.vocab_parallel import VocabShard, gathered_logprobs, vocab_shard
 
 
 def candidate_terms(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
@@ -62,20 +58,16 @@ class _Logprobs(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         logits, ids, log_z = ctx.saved_tensors
         shard, temperature, chunk_tokens, inplace_backward = ctx.settings
-        real = shard.real_columns()
-        grad = logits.detach() if inplace_backward else torch.empty_like(logits)
-        upstream = grad_outputs[0] / temperature
-        total = upstream.sum(1, keepdim=True)
-        pruned = (upstream == 0).all(1, keepdim=True)  # their logits may hold anything
-        local = ids - shard.offset
-        owned = (local >= 0) & (local < real)
-        upstream = torch.where(owned, upstream, 0.0)
-        local = torch.where(owned, local, 0)
-        for rows, chunk in full_precision_chunks(logits[:, :real], log_z.dtype, temperature, chunk_tokens):
-            chunk.sub_(log_z[rows, None]).exp_().mul_(total[rows].neg())
-            chunk.scatter_add_(1, local[rows], upstream[rows])
-            grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
-        grad[:, real:] = 0
+        grad = topk_loss_backward_(
+            logits.detach(),
+            log_z,
+            ids - shard.offset,
+            grad_outputs[0],
+            shard.real_columns(),
+            temperature=temperature,
+            out=None if inplace_backward else torch.empty_like(logits),
+            chunk_tokens=chunk_tokens,
+        )
         return grad, None, None, None, None, None
 
 

@@ -1,0 +1,58 @@
+"""The gradient of losses on a few log-probs per token, written in one pass, over the logits themselves if wanted."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from megatron_opd.kernels.chunks import compute_dtype, full_precision_chunks
+
+
+@torch.no_grad()
+def topk_loss_backward_(
+    logits: Tensor,
+    log_z: Tensor,
+    ids: Tensor,
+    slope: Tensor,
+    real_columns: int | None = None,
+    *,
+    temperature: float = 1.0,
+    out: Tensor | None = None,
+    chunk_tokens: int | None = None,
+) -> Tensor:
+    """From the derivatives by log-probs at `ids` to those by the logits; overwrites the logits where `out` is None.
+
+    With z the logits, the gradient of a loss on log p(v) = z_v / temperature - log_z is, for column j of a token,
+
+        (sum over v of slope(v) [j = v]  -  softmax(z / temperature)_j * sum over v of slope(v)) / temperature
+
+    which for the top-k reverse KL, slope(v) = weight w(v) (log p(v) - log q(v)), is method.md's gradient.
+
+    logits [tokens, vocab / tp]: any floating dtype.
+    log_z [tokens]: log of the summed exponentials of logits / temperature over ALL ranks, float32 (float64).
+    ids [tokens, n]: local columns; one outside [0, real_columns) is another rank's and counts in the sum alone. An id
+    that occurs twice receives both slopes.
+    slope [tokens, n]: derivatives of the loss by the log-probs; a row of zeros gives zeros whatever its logits hold.
+    real_columns: columns from here on are padding and get 0; None: there is none.
+    out: where the gradient goes, of the logits' shape and dtype; None: over the logits.
+    Returns the gradient.
+    """
+    real = logits.shape[1] if real_columns is None else real_columns
+    grad = logits if out is None else out
+    if ids.shape != slope.shape or ids.dim() != 2 or ids.shape[0] != logits.shape[0] or grad.shape != logits.shape:
+        raise ValueError(
+            f"logits and out {list(logits.shape)}, {list(grad.shape)}, ids and slope {list(ids.shape)}, "
+            f"{list(slope.shape)} must be [tokens, vocab / tp] x 2 and [tokens, n] x 2"
+        )
+    upstream = slope.to(compute_dtype(logits)) / temperature
+    total = upstream.sum(1, keepdim=True)
+    pruned = (upstream == 0).all(1, keepdim=True)  # their logits may hold anything
+    owned = (ids >= 0) & (ids < real)
+    upstream = torch.where(owned, upstream, 0.0)
+    local = torch.where(owned, ids, 0)
+    for rows, chunk in full_precision_chunks(logits[:, :real], log_z.dtype, temperature, chunk_tokens):
+        chunk.sub_(log_z[rows, None]).exp_().mul_(total[rows].neg())
+        chunk.scatter_add_(1, local[rows], upstream[rows])
+        grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
+    grad[:, real:] = 0
+    return grad
