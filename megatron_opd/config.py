@@ -47,7 +47,8 @@ class ParallelConfig(_Section):
     virtual_pipeline: Positive = 1
     """Model chunks per pipeline stage; above 1 the interleaved schedule runs. Student only."""
     context: Positive = 1
-    """Context-parallel size. Only 1 is supported so far; anything else is refused."""
+    """Context-parallel size: each sequence's tokens are shared out over so many ranks, in training and in the teacher's
+    pass over whole answers. Generation and scoring in flight use these ranks as further data-parallel ones."""
     expert: Positive = 1
     """Expert-parallel size of mixture-of-experts models."""
     sequence: bool = False
@@ -123,7 +124,8 @@ class RolloutConfig(_Section):
     top_k: int = Field(default=0, ge=0)
     """Sample among the k most likely tokens; 0 is off."""
     max_batch: Positive = 256
-    """Answers in generation at once per data-parallel rank (or vLLM engine); the others wait for a free place."""
+    """Answers in generation at once per data- and context-parallel rank (or vLLM engine); the others wait for a free
+    place."""
     tensor: Positive = 1
     """vLLM only: tensor-parallel size of one engine."""
     gpu_memory_utilization: float = Field(default=0.4, gt=0.0, le=1.0)
@@ -307,7 +309,8 @@ class TrainConfig(_Section):
     distributed_optimizer: bool = False
     """Shard optimizer state over data-parallel ranks."""
     tokens_per_microbatch: Positive = 16384
-    """Sequences are packed into micro-batches of at most this many tokens (a longer sequence gets its own)."""
+    """Sequences are packed into micro-batches of at most this many tokens (a longer sequence gets its own), counted
+    over all context-parallel ranks, of which each holds 1/context."""
     seed: int = 1234
     """Seeds sampling, shuffling and initialisation."""
     max_bad_steps: Positive = 3

@@ -29,6 +29,12 @@ LAYOUTS = {
     "tp2_sp_pp2": {"tensor": 2, "sequence": True, "pipeline": 2},
     "vpp2": {"pipeline": 2, "virtual_pipeline": 2},
     "tp2_sp_vpp2": {"tensor": 2, "sequence": True, "pipeline": 2, "virtual_pipeline": 2},
+    "cp2": {"context": 2},
+    "cp4": {"context": 4},
+    "cp2_tp2": {"context": 2, "tensor": 2},
+    "cp2_tp2_sp": {"context": 2, "tensor": 2, "sequence": True},
+    "cp2_pp2": {"context": 2, "pipeline": 2},
+    "cp2_vpp2": {"context": 2, "pipeline": 2, "virtual_pipeline": 2},
 }
 
 

@@ -19,6 +19,7 @@ from megatron_opd.models.packed import PackedRotary, PackedRow, pack_row
 from megatron_opd.models.parameters import WHOLE, local_parameters
 from megatron_opd.models.specs import block_spec, use_transformer_engine
 from megatron_opd.models.weights import load_model_weights
+from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.groups import Layout
 
 
@@ -61,12 +62,15 @@ class Model:
         return math.lcm(split, 16 * split if self.config.fp8 else 1)
 
     def row(self, lengths: list[int], multiple: int = 1) -> tuple[PackedRow, int]:
-        """A row of whole sequences for this model, and its tokens with padding (a last sequence of its own) to a
-        multiple of `row_multiple` and of `multiple`."""
+        """A row of whole sequences for this model (this rank's part under context parallelism, where each sequence is
+        padded to split evenly), and its tokens, those of all context-parallel ranks, with padding (a last sequence of
+        its own) to a multiple of `row_multiple` and of `multiple`."""
+        context = self.layout.context
+        lengths = [padded_length(n, context[1]) for n in lengths]
         tokens = sum(lengths)
         padding = -tokens % math.lcm(self.row_multiple, multiple)
         lengths = [*lengths, padding] if padding else lengths
-        return pack_row(lengths, self.device, thd=self.transformer_engine), tokens + padding
+        return pack_row(lengths, self.device, self.transformer_engine, context), tokens + padding
 
 
 def read_hf_config(directory: str, key: str) -> dict[str, Any]:
@@ -189,6 +193,7 @@ def _config_overrides(model: ModelConfig, dtype: torch.dtype, cpu: bool) -> dict
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": not cpu,
         "batch_p2p_comm": False,
+        "cp_comm_type": "p2p",  # Transformer Engine passes keys and values round; our own core gathers them
         "attention_dropout": 0.0,
         "hidden_dropout": 0.0,
     }

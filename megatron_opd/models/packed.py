@@ -3,7 +3,8 @@
 A row holds several sequences one after the other, without padding: tokens [1, T], hidden states [T, 1, hidden]. It
 says where each sequence begins, which position each token has in its own sequence, and, in generation, which place of
 a key/value cache belongs to it. `PackedAttention` is the attention core that reads it; Transformer Engine's core reads
-the same row through its THD fields.
+the same row through its THD fields. Under context parallelism each rank holds a part of every sequence of a row
+(`parallel/context.py`); rows with a cache are never split.
 """
 
 from __future__ import annotations
@@ -13,13 +14,18 @@ from dataclasses import dataclass, field
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.tensor_parallel import gather_from_sequence_parallel_region
 from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils.checkpoint import checkpoint
 
-_MASKED_QUERIES = 512  # continuing a cached sequence needs a mask: for so many of its new tokens at a time
+from megatron_opd.parallel.context import held_chunks, held_places, row_order
+
+_MASKED_QUERIES = 512  # queries behind earlier keys need a mask: for so many of them at a time
 
 
 class KVCache:
@@ -60,13 +66,26 @@ class KVCache:
 class PackedRow(PackedSeqParams):
     """Packed sequences; see the module's docstring. Built by `pack_row`, `prefill_row` and `decode_row`."""
 
-    positions: Tensor | None = None  # [T] int64, of each token in its own sequence
-    lengths: list[int] = field(default_factory=list)  # tokens of each sequence in this row
+    positions: Tensor | None = None  # [T / cp] int64, of each token that this rank holds in its own sequence
+    lengths: list[int] = field(default_factory=list)  # tokens of each sequence in this row, T in all
+    context: tuple[int, int] = (0, 1)  # context-parallel rank and size
     cache: KVCache | None = None
     places: list[int] = field(default_factory=list)  # cache place of each sequence
     starts: list[int] = field(default_factory=list)  # position of each sequence's first token in this row
     cached_length: Tensor | None = None  # decode: [B] int64 lengths, this row's token included, at places 0..B-1
     _keep: Tensor | None = None  # decode: [B, 1, 1, longest] bool, which cached positions a token may see
+    _held: Tensor | None = None  # [T / cp] int64, places in the row of the tokens that this rank holds
+    _order: Tensor | None = None  # [T] int64, where each of the row's tokens lies in all ranks' parts
+
+    def take(self, values: Tensor) -> Tensor:
+        """This rank's part [T / cp, ...] of what belongs to the whole row [T, ...]."""
+        return values if self._held is None else values[self._held.to(values.device)]
+
+    def in_order(self, parts: Tensor) -> Tensor:
+        """All ranks' parts [T, ...], one behind the other, in the order of the row."""
+        if self._order is None:
+            self._order = row_order(self.lengths, self.context[1]).to(parts.device)
+        return parts[self._order]
 
     def keep_mask(self) -> Tensor:
         if self._keep is None:
@@ -77,18 +96,27 @@ class PackedRow(PackedSeqParams):
         return self._keep
 
 
-def pack_row(lengths: list[int], device: torch.device, thd: bool) -> PackedRow:
-    """A row of whole sequences, without a cache. `thd`: for Transformer Engine's attention."""
+def pack_row(lengths: list[int], device: torch.device, thd: bool, context: tuple[int, int] = (0, 1)) -> PackedRow:
+    """A row of whole sequences, without a cache. `thd`: for Transformer Engine's attention.
+
+    With `context`, this rank's part of it; the lengths are padded ones (`parallel.context.padded_length`). Padding
+    stands behind a sequence's tokens, which never look at it: to attention it is part of the sequence. So Transformer
+    Engine sees no padding between sequences (`cu_seqlens_q_padded` stays empty) and every backend may serve; the
+    cumulative and the longest lengths are of whole sequences, it divides them by the group's size.
+    """
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])
+    held = held_places(lengths, *context) if context[1] > 1 else None
     return PackedRow(
         qkv_format="thd" if thd else "sbhd",
         cu_seqlens_q=ends.to(device),
         cu_seqlens_kv=ends.to(device),
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        positions=positions.to(device),
+        positions=(positions if held is None else positions[held]).to(device),
         lengths=lengths,
+        context=context,
+        _held=held,
     )
 
 
@@ -125,18 +153,20 @@ class PackedRotary(torch.nn.Module):
         return packed_seq_params
 
     def forward(self, row: PackedRow, packed_seq: bool = False, cp_group=None) -> Tensor:
-        """[T, 1, 1, head dim] for rows that our core reads, [longest, 1, 1, head dim] for THD rows."""
+        """[T / cp, 1, 1, head dim] for rows that our core reads, [longest, 1, 1, head dim] for THD rows: of those
+        Megatron-Core takes each sequence's two chunks itself (`_apply_rotary_pos_emb_thd`)."""
         if packed_seq:
             return self.rotary(row.max_seqlen_q, packed_seq=True, cp_group=cp_group)
         longest = -(-row.max_seqlen_q // 256) * 256  # few distinct lengths: the wrapped module caches its tables
-        return self.rotary(longest)[row.positions]
+        return self.rotary(longest, packed_seq=True)[row.positions]  # packed: not split over context-parallel ranks
 
 
 class PackedAttention(MegatronModule):
     """Causal attention over packed rows by torch's scaled_dot_product_attention; no [S, S] mask is kept.
 
     The counterpart of Megatron-Core's DotProductAttention, which has no packed sequences, and of Transformer Engine's
-    on GPUs, which this one serves beside for generation with a cache.
+    on GPUs, which this one serves beside for generation with a cache. Under context parallelism every rank gathers the
+    row's keys and values and attends with its own queries.
     """
 
     def __init__(
@@ -147,13 +177,11 @@ class PackedAttention(MegatronModule):
         attention_type: str,
         attention_dropout: float | None = None,
         softmax_scale: float | None = None,
+        pg_collection: ProcessGroupCollection | None = None,
         **_: object,
     ) -> None:
         super().__init__(config=config)
-        if config.context_parallel_size > 1:
-            raise ValueError(
-                f"parallel.context: {config.context_parallel_size} needs Transformer Engine; set context: 1 here"
-            )
+        self.context_group = pg_collection.cp if pg_collection is not None else None
         self.layer_number = layer_number
         self.scale = softmax_scale
 
@@ -167,12 +195,14 @@ class PackedAttention(MegatronModule):
         attention_bias: Tensor | None = None,
         packed_seq_params: PackedSeqParams | None = None,
     ) -> Tensor:
-        """query [T, 1, heads / tp, head dim], key and value [T, 1, kv heads / tp, head dim] ->
-        [T, 1, heads / tp * head dim]."""
+        """query [T / cp, 1, heads / tp, head dim], key and value [T / cp, 1, kv heads / tp, head dim] ->
+        [T / cp, 1, heads / tp * head dim]."""
         row = packed_seq_params
         assert isinstance(row, PackedRow), "PackedAttention runs on packed rows"
         query, key, value = (x.view(x.shape[0], x.shape[-2], x.shape[-1]) for x in (query, key, value))
-        if row.cache is None:
+        if row.context[1] > 1:
+            out = self._part(query, key, value, row)
+        elif row.cache is None:
             out = self._whole(query, key, value, row)
         elif row.cached_length is None:
             out = self._prefill(query, key, value, row)
@@ -193,17 +223,42 @@ class PackedAttention(MegatronModule):
         for start in range(0, query.shape[0], _MASKED_QUERIES):  # a mask of so many rows, whatever the lengths
             part = q[:, :, start : start + _MASKED_QUERIES]
             end = past + start + part.shape[2]
-            mask = torch.ones(part.shape[2], end, dtype=torch.bool, device=q.device).tril(past + start)
+            block = (part, k[:, :, :end], v[:, :, :end], past + start)
+            # In training the backward pass makes each block's mask again: none is kept.
+            again = torch.is_grad_enabled()
             outs.append(
-                scaled_dot_product_attention(part, k[:, :, :end], v[:, :, :end], attn_mask=mask, scale=self.scale)
+                checkpoint(self._masked, *block, use_reentrant=False, preserve_rng_state=False)
+                if again
+                else self._masked(*block)
             )
         return torch.cat(outs, dim=2)[0].transpose(0, 1)
+
+    def _masked(self, q: Tensor, k: Tensor, v: Tensor, past: int) -> Tensor:
+        """q [1, h, s, d] behind `past` keys of k and v [1, h, past + s, d]"""
+        mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past)
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=self.scale)
 
     def _whole(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
         if len(row.lengths) == 1:
             return self._attend(query, key, value)
         parts = (x.split(row.lengths) for x in (query, key, value))
         return torch.cat([self._attend(q, k, v) for q, k, v in zip(*parts)])
+
+    def _part(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+        """This rank's two chunks of every sequence, each against all that comes before it."""
+        assert self.context_group is not None
+        rank, size = row.context
+        # In the backward pass the gradients of keys and values are summed over the ranks and split again.
+        parts = gather_from_sequence_parallel_region(torch.cat([key, value], -1), group=self.context_group)
+        keys, values = row.in_order(parts).split([key.shape[-1], value.shape[-1]], -1)
+        outs = []
+        held = query.split([n // size for n in row.lengths])
+        for q, k, v in zip(held, keys.split(row.lengths), values.split(row.lengths)):
+            chunk = len(q) // 2
+            for part, number in zip(q.split(chunk), held_chunks(rank, size)):
+                end = (number + 1) * chunk
+                outs.append(self._attend(part, k[:end], v[:end], end - chunk))
+        return torch.cat(outs)
 
     def _prefill(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
         assert row.cache is not None

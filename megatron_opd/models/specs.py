@@ -35,17 +35,7 @@ def use_transformer_engine(name: str, model: ModelConfig, cpu: bool) -> bool:
             raise ConfigError(f"{name}.fp8: {model.fp8} needs a GPU with FP8 and Transformer Engine; set fp8: null")
         if model.implementation == "transformer_engine":
             raise ConfigError(f"{name}.implementation: transformer_engine needs a GPU; set local or auto")
-        if model.parallel.context > 1:
-            raise ConfigError(
-                f"{name}.parallel.context: {model.parallel.context} needs Transformer Engine, which needs a GPU; "
-                "set context: 1"
-            )
         return False
-    if model.parallel.context > 1:
-        raise ConfigError(
-            f"{name}.parallel.context: {model.parallel.context} is not supported: rows are not split over "
-            "context-parallel ranks yet; set context: 1 and raise tensor or pipeline"
-        )
     if model.implementation == "local":
         return False
     if not found:

@@ -2,16 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
+from typing import TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.parallel.context import response_places
+from megatron_opd.parallel.groups import Layout
+
 Fields = dict[str, Tensor]
+Key = TypeVar("Key", bound=Hashable)
 
 
-def share_fields(items: Sequence[tuple[int, Fields]], owner: bool, device: torch.device) -> dict[int, Fields]:
+def share_answers(
+    items: Sequence[tuple[int, Fields]],
+    layout: Layout,
+    device: torch.device,
+    answers: Sequence[tuple[int, int]],
+    once: Sequence[str] = (),
+) -> list[Fields]:
+    """Every rank gets every answer's columns, one value per response token, in the order of the response.
+
+    Args:
+        items: (number of the answer, fields) of the rows that this rank has computed, ignored where it does not own
+            results. Under context parallelism a rank's fields are of the response tokens that its part of the row
+            predicts, in the order of the row; all ranks of the group have an item for the answer.
+        answers: tokens of prompt and response of every answer.
+        once: fields that are of a whole answer, not of its tokens; the same on all context-parallel ranks.
+    """
+    rank, size = layout.context
+    shared = share_fields([((i, rank), fields) for i, fields in items], layout.owns_results, device)
+    found = []
+    for i, (prompt, response) in enumerate(answers):
+        parts = [shared[i, r] for r in range(size)]
+        order = torch.cat([response_places(prompt, response, r, size) for r in range(size)]).argsort()
+        found.append(
+            {n: parts[0][n] if n in once else torch.cat([part[n] for part in parts])[order] for n in parts[0]}
+            if size > 1
+            else parts[0]
+        )
+    return found
+
+
+def share_fields(items: Sequence[tuple[Key, Fields]], owner: bool, device: torch.device) -> dict[Key, Fields]:
     """Every rank gets every owner's items: {key: {field: tensor}}.
 
     Fields of one name are concatenated along dimension 0, so an owner's part travels as one broadcast per field;
@@ -22,12 +57,12 @@ def share_fields(items: Sequence[tuple[int, Fields]], owner: bool, device: torch
         owner: whether this rank's items count; exactly one rank must own each key.
     """
     world = dist.get_world_size()
-    mine: list[tuple[int, dict[str, tuple[tuple[int, ...], str]]]] | None = None
+    mine: list[tuple[Key, dict[str, tuple[tuple[int, ...], str]]]] | None = None
     if owner:
         mine = [(k, {n: (tuple(t.shape), str(t.dtype)) for n, t in f.items()}) for k, f in items]
     headers: list[list | None] = [None] * world
     dist.all_gather_object(headers, mine)
-    found: dict[int, Fields] = {}
+    found: dict[Key, Fields] = {}
     for rank, header in enumerate(headers):
         if not header:
             continue

@@ -32,6 +32,23 @@ class Layout:
         return self.groups.dp.size()
 
     @property
+    def context(self) -> tuple[int, int]:
+        """Context-parallel rank and size."""
+        return self.groups.cp.rank(), self.groups.cp.size()
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the model that can work apart: where no sequence is split (generation, scoring with a cache) the
+        context-parallel ranks are further data-parallel ones."""
+        return self.data_size * self.context[1]
+
+    @property
+    def replica(self) -> int:
+        """The copy that this rank belongs to, in 0..replicas-1."""
+        rank, size = self.context
+        return self.data_rank * size + rank
+
+    @property
     def is_first_stage(self) -> bool:
         return self.groups.pp.rank() == 0
 
@@ -41,8 +58,9 @@ class Layout:
 
     @property
     def owns_results(self) -> bool:
-        """One rank per data-parallel replica: the last stage's first tensor rank, where logits end up."""
-        return self.is_last_stage and self.groups.tp.rank() == 0 and self.groups.cp.rank() == 0
+        """One rank per replica: the last stage's first tensor rank, where logits end up; of a row that is split over
+        context-parallel ranks each of them owns its part."""
+        return self.is_last_stage and self.groups.tp.rank() == 0
 
 
 def check_world(name: str, parallel: ParallelConfig, world_size: int) -> None:

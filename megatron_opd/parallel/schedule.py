@@ -49,7 +49,7 @@ def run_schedule(
         config: the model's TransformerConfig.
         layout: the model's groups.
         microbatches: what the iterator yields, at least one.
-        row_tokens: tokens of each micro-batch's row, padding for sequence parallelism included.
+        row_tokens: tokens of each micro-batch's row, those of all context-parallel ranks, padding included.
         forward_only: no gradients.
         width: columns of what travels between stages; None: the hidden size.
         collect: the loss function returns data instead of a loss (Megatron-Core's collect_non_loss_data).
@@ -60,7 +60,7 @@ def run_schedule(
     groups = layout.groups
     if not microbatches:
         raise ValueError("the schedule needs at least one micro-batch")
-    split = layout.parallel.tensor if config.sequence_parallel else 1
+    split = layout.parallel.context * (layout.parallel.tensor if config.sequence_parallel else 1)
     if len(chunks) > 1:
         p2p = P2PCommunicator(groups.pp, config)
     else:

@@ -1,8 +1,8 @@
 """Generation by the training ranks themselves: Megatron-Core's layers with a key/value cache.
 
-Each data-parallel replica of the student takes every data_size-th request and keeps up to `max_batch` answers running;
-a finished answer's place goes to the next waiting request. Works in the student's own tensor and pipeline layout, with
-the trainer's own parameters, so nothing is handed over.
+Each replica of the student (context-parallel ranks are replicas here: no sequence is split) takes every replicas-th
+request and keeps up to `max_batch` answers running; a finished answer's place goes to the next waiting request. Works
+in the student's own tensor and pipeline layout, with the trainer's own parameters, so nothing is handed over.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class MegatronEngine(RolloutEngine):
         self, requests: list[Request], sampling: Sampling, watch: Watch | None = None, segment: int = 128
     ) -> list[Rollout]:
         layout = self.model.layout
-        mine = list(range(len(requests)))[layout.data_rank :: layout.data_size]
+        mine = list(range(len(requests)))[layout.replica :: layout.replicas]
         batch = _Batch(self, [requests[i] for i in mine], sampling)
         numbers = {requests[i].index: i for i in mine}
         parts: list[list[Fields]] = [[] for _ in requests]

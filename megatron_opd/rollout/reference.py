@@ -21,7 +21,7 @@ def own_logprobs(model: Model, tokens: list[int]) -> torch.Tensor:
         if logits is not None:
             ids = torch.tensor(tokens[1:], device=model.device)[:, None]
             values = vocab_parallel_logprobs(logits, ids, model.layout.groups.tp, model.vocab_size)
-            fields = [(model.layout.data_rank, {"logprobs": values[:, 0]})]
+            fields = [(model.layout.replica, {"logprobs": values[:, 0]})]
     return share_fields(fields, model.layout.owns_results, model.device)[0]["logprobs"]
 
 
@@ -51,7 +51,7 @@ def largest_difference(model: Model, directory: str, tokens: int = 64) -> tuple[
             own = vocab_parallel_logprobs(logits, top.indices, group, model.vocab_size)
             best = vocab_parallel_topk(logits, 1, group, model.vocab_size)[1][:, 0]
             result = torch.stack([(own - top.values).abs().max(), (best == top.indices[:, 0]).float().mean()])
-            fields = [(model.layout.data_rank, {"result": result[None]})]
+            fields = [(model.layout.replica, {"result": result[None]})]
     shared = share_fields(fields, model.layout.owns_results, model.device)
     worst = torch.cat([f["result"] for f in shared.values()])
     return float(worst[:, 0].max()), float(worst[:, 1].min())

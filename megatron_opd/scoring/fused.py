@@ -3,7 +3,8 @@
 Needs equal layouts. Between two stages travels one tensor, the student's hidden states and behind them the teacher's;
 the teacher's columns carry no gradient. On the last stage both models' logits of a row meet inside the loss function,
 so nothing but a few numbers per token is stored, and the losses over the full vocabulary become possible. A row holds
-whole answers, hence the events of each can be counted there and then.
+whole answers, hence the events of each can be counted there and then; context-parallel ranks, each with a part of every
+answer, exchange their numbers of events.
 """
 
 from __future__ import annotations
@@ -12,13 +13,14 @@ import math
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.config import PruneConfig
 from megatron_opd.losses import DistillTargets, candidate_terms, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_opd.models.build import Model
 from megatron_opd.models.packed import PackedRow
-from megatron_opd.parallel.exchange import Fields, share_fields
+from megatron_opd.parallel.exchange import Fields, share_answers
 from megatron_opd.prune import from_events
 from megatron_opd.scoring.judge import drift_events_of
 from megatron_opd.scoring.view import Candidates, teacher_view
@@ -49,7 +51,7 @@ class FusedTeacher:
 
         Args:
             chunk: the student's stage as the schedule knows it; its input is what the stage before returned here.
-            tokens: [T] int64, padded to `row_multiple`.
+            tokens: [T] int64 that this rank holds of a row padded to `row_multiple`.
             row: the student's; `lengths` are those of its sequences, for the teacher's own row.
 
         Returns:
@@ -70,13 +72,20 @@ class FusedTeacher:
 
     @torch.no_grad()
     def judge(
-        self, logits: Tensor, teacher_logits: Tensor, sampled: Tensor, spans: dict[int, slice], jsd_beta: float
+        self,
+        logits: Tensor,
+        teacher_logits: Tensor,
+        sampled: Tensor,
+        spans: dict[int, slice],
+        predicts: Tensor,
+        jsd_beta: float,
     ) -> Judged:
         """From both models' logits [T, vocab / tp] of a row to what the loss needs; remembers each answer's part.
 
         Args:
             sampled: [T] int64, the response token that each position predicts.
-            spans: the positions of each answer's response, by the answer's place in the batch.
+            spans: this rank's part of each answer's sequence, by the answer's place in the batch.
+            predicts: [T] bool, where a response token is predicted.
         """
         group, vocab_size, prune = self.student.layout.groups.tp, self.student.vocab_size, self.prune
         ids = vocab_parallel_topk(logits, self.candidates, group, vocab_size)[1]
@@ -84,12 +93,13 @@ class FusedTeacher:
         view = teacher_view(teacher_logits, Candidates(ids, sampled), prune, vocab_size, group)
         view["divergence"] = candidate_terms(own, view["logprobs"]).sum(-1)
         weight = torch.zeros(len(sampled), device=logits.device)
-        parts = {i: {name: column[span] for name, column in view.items()} for i, span in spans.items()}
-        for i, part in parts.items():
-            part["weight"], part["events"], part["effective"] = self._weigh(part)
-            weight[spans[i]] = part["weight"]
+        for i, span in spans.items():
+            mask = predicts[span]
+            part = {name: column[span] for name, column in view.items()}
+            weight[span], events, effective = self._weigh(part, mask)
             del part["logprobs"]  # a table of [T, K] that nobody reads again
-        self._found += parts.items()
+            part = {name: column[mask] for name, column in (part | {"weight": weight[span]}).items()}
+            self._found.append((i, part | {"events": events, "effective": effective}))
         return Judged(
             DistillTargets(
                 student_ids=ids,
@@ -102,23 +112,29 @@ class FusedTeacher:
             weight,
         )
 
-    def _weigh(self, part: Fields) -> tuple[Tensor, Tensor, Tensor]:
-        """Prune weights [T], number of events [1] and effective length [1] of one answer."""
-        length = len(part["overlap"])
-        if self.prune.signal == "none":
-            zero = part["overlap"].new_zeros(1, dtype=torch.int64)
-            return torch.ones_like(part["overlap"]), zero, zero + length
+    def _weigh(self, part: Fields, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Prune weights [T] of this rank's part of one answer's sequence, whose response tokens `mask` [T] names, and
+        the whole answer's number of events [1] and effective length [1]."""
+        prune, context = self.prune, self.student.layout.groups.cp
+        group = context if context.size() > 1 else None
+        if prune.signal == "none":
+            weight, events, effective = mask.float(), mask.new_zeros(1, dtype=torch.int64), mask.sum()[None]
+            if group is not None:
+                dist.all_reduce(effective, group=group)
+            return weight, events, effective
         score = TeacherScores(part["logprobs"], part["sampled_logprobs"], part["overlap"], part["accepted"])
-        mask = torch.ones(1, length, dtype=torch.bool, device=part["overlap"].device)
-        result = from_events(drift_events_of([score], mask, self.prune), mask, self.prune.w_drop, self.prune.w_base)
-        return result.loss_weight[0], result.total_events, result.effective_length
+        result = from_events(drift_events_of([score], mask[None], prune), mask[None], prune.w_drop, prune.w_base, group)
+        events = result.total_events
+        if group is not None:
+            dist.all_reduce(events, group=group)
+        return result.loss_weight[0], events, result.effective_length
 
     def fill(self, batch: ScoredBatch) -> None:
         """After the schedule: every answer's scores and prune weights into `batch`, on every rank. Collective."""
         found, self._found = self._found, []
-        layout = self.student.layout
-        shared = share_fields(found, layout.owns_results, self.student.device)
-        parts = [shared[i] for i in range(len(batch.rollouts))]
+        answers = [(len(r.prompt.tokens), len(r)) for r in batch.rollouts]
+        student = self.student
+        parts = share_answers(found, student.layout, student.device, answers, once=("events", "effective"))
         batch.scores = [
             TeacherScores(
                 p["overlap"].new_zeros(len(p["overlap"]), 0), p["sampled_logprobs"], p["overlap"], p["accepted"]

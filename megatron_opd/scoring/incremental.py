@@ -15,15 +15,15 @@ from megatron_opd.scoring.view import Candidates, teacher_view
 class SegmentScorer:
     """Scores segments as they come; keeps the teacher's keys and values of every running answer.
 
-    Every rank calls it with the same segments. Answers are spread over the teacher's data-parallel replicas.
+    Every rank calls it with the same segments. Answers are spread over the teacher's replicas.
     """
 
     def __init__(self, teacher: Model, prune: PruneConfig, tokens_per_microbatch: int, places: int) -> None:
         self.teacher, self.prune = teacher, prune
         self.tokens = tokens_per_microbatch
         self.forward = CachedForward(teacher, places)
-        self._replica: dict[int, int] = {}  # answer -> data-parallel replica of the teacher
-        self._free: list[list[int]] = [list(range(places))[::-1] for _ in range(teacher.layout.data_size)]
+        self._replica: dict[int, int] = {}  # answer -> replica of the teacher
+        self._free: list[list[int]] = [list(range(places))[::-1] for _ in range(teacher.layout.replicas)]
         self._place: dict[int, int] = {}
         self._cached: dict[int, int] = {}  # answer -> tokens in the cache
         self._last: dict[int, int] = {}  # answer -> newest token, not yet in the cache
@@ -33,7 +33,7 @@ class SegmentScorer:
         layout = self.teacher.layout
         for s in segments:
             self._admit(s)
-        mine = [s for s in segments if self._replica[s.request.index] == layout.data_rank]
+        mine = [s for s in segments if self._replica[s.request.index] == layout.replica]
         owned: list[tuple[int, Fields]] = []
         with self.forward.session():
             for batch in self._batches(mine):

@@ -23,7 +23,7 @@ def score_until_spent(
     overlap of NaN. Collective, the same result on every rank.
     """
     longest = max(len(r.prompt.tokens) + len(r) for r in rollouts)
-    replicas = teacher.layout.data_size
+    replicas = teacher.layout.replicas
     places = min(-(-len(rollouts) // replicas), max(1, _CACHED_MICROBATCHES * tokens_per_microbatch // longest))
     watcher = Watcher(teacher, prune, tokens_per_microbatch, len(rollouts), clock, set(), places)
     limit = math.ceil((1 - 1e-8) / prune.w_drop)  # events that spend an answer

@@ -39,7 +39,7 @@ class Watcher:
     ) -> None:
         """`answers`: their indices are below it. `places`: most that a replica of the teacher holds at once (all)."""
         self.prune, self.clock, self.unstopped = prune, clock, unstopped
-        places = places or -(-answers // teacher.layout.data_size)
+        places = places or -(-answers // teacher.layout.replicas)
         self.scorer = SegmentScorer(teacher, prune, tokens, places)
         self.state = ReliabilityState(answers, prune.threshold, prune.w_drop, prune.w_base)
         self.found: dict[int, list[Fields]] = {}

@@ -161,7 +161,8 @@ def describe(model: Model) -> str:
     padding = model.padded_vocab_size - model.vocab_size
     kind = "Transformer Engine" if model.transformer_engine else "Megatron-Core's own layers"
     return (
-        f"{model.name} tensor {p.tensor} x pipeline {p.pipeline} x data {model.layout.data_size}"
+        f"{model.name} tensor {p.tensor} x pipeline {p.pipeline}"
+        f"{f' x context {p.context}' if p.context > 1 else ''} x data {model.layout.data_size}"
         f"{' + sequence' if p.sequence else ''}, vocabulary {model.vocab_size} + {padding} padding, {kind}"
     )
 
@@ -173,7 +174,7 @@ def memory(trainer: Trainer, config: Config) -> str:
         return sum(p.numel() * p.element_size() for chunk in model.chunks for p in chunk.parameters())
 
     student = sum(p.numel() for chunk in trainer.student.chunks for p in chunk.parameters())
-    shards = trainer.student.layout.data_size if config.train.distributed_optimizer else 1
+    shards = trainer.student.layout.replicas if config.train.distributed_optimizer else 1
     needed = held(trainer.student) + held(trainer.teacher) + student * OPTIMIZER_BYTES // shards
     if trainer.student.device.type == "cuda":
         total = torch.cuda.get_device_properties(trainer.student.device).total_memory
@@ -266,7 +267,7 @@ def disk(config: Config, trainer: Trainer | None) -> str:
         sum(p.numel() for c in trainer.student.chunks for p in c.parameters()), device=trainer.student.device
     )
     dist.all_reduce(parameters)
-    size = int(parameters) // trainer.student.layout.data_size * 14
+    size = int(parameters) // trainer.student.layout.replicas * 14
     needed = size * (config.checkpoint.keep_last + 1)
     text = f"{free / GIB:.1f} GiB free at {place}, a checkpoint takes about {size / GIB:.2f} GiB"
     if needed > free:

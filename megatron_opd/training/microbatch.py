@@ -10,13 +10,14 @@ from torch import Tensor
 from megatron_opd.losses import DistillTargets
 from megatron_opd.models.build import Model
 from megatron_opd.models.packed import PackedRow
+from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.packing import plan_microbatches
 from megatron_opd.types import ScoredBatch
 
 
 @dataclass
 class MicroBatch:
-    """T tokens of this row; positions that predict no kept response token have prune weight 0."""
+    """T tokens of this row that this rank holds; positions that predict no kept response token have prune weight 0."""
 
     tokens: Tensor  # [T] int64
     row: PackedRow
@@ -26,7 +27,7 @@ class MicroBatch:
     predicts: Tensor  # [T] bool, a kept response token is predicted here
     advantage: Tensor | None  # [T] float32, of the verifier's reward; None where no answer has one
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence in the row, padding left out
-    # Where each answer's kept response tokens are predicted, by its place in the batch.
+    # This rank's part of each answer's sequence, by its place in the batch; `predicts` names the tokens that count.
     spans: dict[int, slice] = field(default_factory=dict)
 
 
@@ -39,7 +40,7 @@ def plan_training(student: Model, batch: ScoredBatch, tokens_per_microbatch: int
     """This data-parallel rank's micro-batches, as lists of places in the batch."""
     parallel = student.layout.parallel
     plan = plan_microbatches(
-        kept_tokens(batch),
+        [padded_length(n, parallel.context) for n in kept_tokens(batch)],
         student.layout.data_size,
         tokens_per_microbatch,
         parallel.pipeline,
@@ -52,7 +53,8 @@ def plan_training(student: Model, batch: ScoredBatch, tokens_per_microbatch: int
 def build_microbatch(
     student: Model, batch: ScoredBatch, members: tuple[int, ...], jsd_beta: float, multiple: int = 1
 ) -> MicroBatch:
-    """The row of the named sequences on this rank's device, its length a multiple of `multiple`.
+    """The row of the named sequences (this rank's part of it), on this rank's device, its length a multiple of
+    `multiple`.
 
     Without members: one padding token that weighs nothing. Without scores (score.mode: fused) the teacher's targets and
     the prune weights are 0, to be found in the training pass.
@@ -69,12 +71,13 @@ def build_microbatch(
     advantage = torch.zeros(total)
     spans: dict[int, slice] = {}
     at = 0
-    for i, length in zip(members, lengths):
+    for i, length, padded in zip(members, lengths, row.lengths):
         rollout, kept = batch.rollouts[i], batch.kept_length[i]
         prompt = len(rollout.prompt.tokens)
         tokens[at : at + prompt] = torch.tensor(rollout.prompt.tokens)
         tokens[at + prompt : at + length] = rollout.tokens[: kept - 1]
-        spans[i] = where = slice(at + prompt - 1, at + length)
+        where = slice(at + prompt - 1, at + length)
+        spans[i] = slice(at // row.context[1], (at + padded) // row.context[1])
         sampled[where] = rollout.tokens[:kept]
         ids[where] = rollout.topk_ids[:kept]
         if batch.scores:
@@ -85,23 +88,26 @@ def build_microbatch(
         predicts[where] = True
         if batch.advantage is not None:
             advantage[where] = batch.advantage[i][:kept]
-        at += length
-    device = student.device
+        at += padded
+
+    def held(values: Tensor) -> Tensor:
+        return row.take(values).to(student.device)
+
     targets = DistillTargets(
-        student_ids=ids.to(device),
-        teacher_logprobs=teacher.to(device),
-        sampled_ids=sampled.to(device),
-        teacher_sampled_logprobs=teacher_sampled.to(device),
+        student_ids=held(ids),
+        teacher_logprobs=held(teacher),
+        sampled_ids=held(sampled),
+        teacher_sampled_logprobs=held(teacher_sampled),
         jsd_beta=jsd_beta,
     )
     return MicroBatch(
-        tokens.to(device),
+        held(tokens),
         row,
         targets,
-        weight.to(device),
-        logprobs.to(device),
-        predicts.to(device),
-        advantage.to(device) if batch.advantage is not None else None,
+        held(weight),
+        held(logprobs),
+        held(predicts),
+        held(advantage) if batch.advantage is not None else None,
         lengths,
         spans,
     )

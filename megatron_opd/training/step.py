@@ -84,7 +84,7 @@ class TrainingStep:
                 student.config,
                 student.layout,
                 built,
-                [micro.tokens.numel() for micro in built],
+                [sum(micro.row.lengths) for micro in built],
                 width=sum(fused.widths) if fused else None,
             )
         if fused:
@@ -117,7 +117,7 @@ class TrainingStep:
         if teacher_logits is not None:
             assert self.fused is not None
             sampled, beta = targets.sampled_ids, self.config.loss.jsd_beta
-            judged = self.fused.judge(logits.detach(), teacher_logits, sampled, micro.spans, beta)
+            judged = self.fused.judge(logits.detach(), teacher_logits, sampled, micro.spans, micro.predicts, beta)
             weight, targets = judged.weight, judged.targets
         if self.measure_gap:
             with torch.no_grad():

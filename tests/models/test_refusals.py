@@ -48,6 +48,9 @@ def test_a_world_that_the_layout_does_not_divide() -> None:
     with pytest.raises(ConfigError, match=r"teacher.parallel: tensor 2 x .* = 4 does not divide .* 6; start"):
         check_world("teacher", ParallelConfig(tensor=2, pipeline=2), 6)
     check_world("teacher", ParallelConfig(tensor=2, pipeline=2), 8)
+    with pytest.raises(ConfigError, match=r"student.parallel: tensor 2 x .* x context 3 = 6 does not divide .* 8"):
+        check_world("student", ParallelConfig(tensor=2, context=3), 8)
+    check_world("student", ParallelConfig(tensor=2, context=2), 8)
 
 
 @pytest.mark.parametrize(
@@ -55,17 +58,11 @@ def test_a_world_that_the_layout_does_not_divide() -> None:
     [
         ({"fp8": "hybrid"}, "teacher.fp8: hybrid needs a GPU"),
         ({"implementation": "transformer_engine"}, "implementation: transformer_engine needs a GPU"),
-        ({"parallel": ParallelConfig(context=2)}, "teacher.parallel.context: 2 needs Transformer Engine"),
     ],
 )
 def test_what_needs_a_gpu_does_not_fall_back(values: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         use_transformer_engine("teacher", ModelConfig(model="/m", **values), cpu=True)
-
-
-def test_context_parallelism_is_refused_on_gpus_too() -> None:
-    with pytest.raises(ConfigError, match="student.parallel.context: 2 is not supported"):
-        use_transformer_engine("student", ModelConfig(model="/m", parallel=ParallelConfig(context=2)), cpu=False)
 
 
 def test_a_model_directory_without_a_config(tmp_path: Path) -> None:
