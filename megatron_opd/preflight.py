@@ -6,6 +6,8 @@ One process per node. Each looks at its own GPUs (there, as many as elsewhere, a
 errors) and disk (writable, enough space). Then all meet at the first node: who does not come is named, clocks are
 compared, and pairs of nodes time an all-reduce (NCCL over all GPUs of both, or gloo). With one bad node among several,
 the pairs tell which. Prints lines that begin with "preflight:"; exit code 1 on every node where something is bad.
+
+Each limit is an option here and a variable of the job scripts (slurm/lib.sh), which the message about a bad node names.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ import tempfile
 import time
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +32,9 @@ import torch
 import torch.distributed as dist
 
 GIB = 1 << 30
-ROUNDS = 5  # all-reduces of one measurement; the best counts
+ROUNDS = 5  # all-reduces of one measurement at most; the best counts
+ENOUGH_S = 2.0  # no further one after so many seconds
+MIN_GBPS_GPU, MIN_GBPS_CPU = 1.0, 0.05  # slower than 10 Gb/s Ethernet; than half of 1 Gb/s
 
 
 @dataclass
@@ -48,10 +53,12 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--port", type=int, required=True, help="free port on the first node")
     parser.add_argument("--address", help="of the first node; default: its name")
     parser.add_argument("--directory", type=Path, required=True, help="run directory: must be writable and have space")
-    parser.add_argument("--min-free-gb", type=float, default=50.0, help="free space there")
-    parser.add_argument("--min-gbps", type=float, default=0.5, help="all-reduce bandwidth of two nodes, GB/s")
-    parser.add_argument("--max-skew-s", type=float, default=2.0, help="difference of two clocks")
-    parser.add_argument("--wait-s", type=float, default=60.0, help="how long to wait for the other nodes")
+    add = partial(parser.add_argument, type=float)
+    add("--min-free-gb", default=50.0, help="MIN_FREE_GB: free space there, GiB")
+    add("--min-gbps", help=f"MIN_GBPS: all-reduce of two nodes, GB/s ({MIN_GBPS_GPU:g}, without GPUs {MIN_GBPS_CPU:g})")
+    add("--min-share", default=0.25, help="MIN_SHARE: of the fastest pair's all-reduce; 0 for no such limit")
+    add("--max-skew-s", default=2.0, help="MAX_SKEW_S: a clock's difference to the others")
+    add("--wait-s", default=60.0, help="PREFLIGHT_WAIT_S: how long to wait for the other nodes")
     return parser.parse_args(arguments)
 
 
@@ -106,7 +113,7 @@ def disk_problem(directory: Path, min_free_gb: float) -> str | None:
         free = shutil.disk_usage(directory).free / GIB
     except OSError as error:
         return f"not writable ({error.strerror})"
-    return f"{free:.1f} GiB free, {min_free_gb:g} are needed" if free < min_free_gb else None
+    return f"{free:.1f} GiB free, the limit is {min_free_gb:g} GiB (MIN_FREE_GB)" if free < min_free_gb else None
 
 
 def gpu_problems(count: int) -> list[str]:
@@ -140,7 +147,9 @@ def judge_reports(store: Any, nodes: list[str], wait_s: float) -> tuple[list[str
         try:
             store.wait([f"report/{rank}"], timedelta(seconds=max(0.1, deadline - time.monotonic())))
         except Exception:
-            problems.append(f"{node}: did not come within {wait_s:g} s: down, unreachable, or Python failed there")
+            problems.append(
+                f"{node}: did not come within {wait_s:g} s (PREFLIGHT_WAIT_S): down, unreachable, or Python fails there"
+            )
             continue
         report = Report(**json.loads(store.get(f"report/{rank}")))
         problems += [f"{node}: {p}" for p in report.problems]
@@ -168,17 +177,15 @@ def network_problems(store: Any, options: argparse.Namespace, gpus: int) -> list
     except Exception as error:
         return [f"{nodes[rank]}: the nodes cannot talk to each other: {first_line(error)}"]
     problems = [
-        f"{nodes[i]}: its clock is {skew:+.1f} s off the others' (limit {options.max_skew_s:g} s)"
+        f"{nodes[i]}: its clock is {skew:+.1f} s off the others', the limit is {options.max_skew_s:g} s (MAX_SKEW_S)"
         for i, skew in enumerate(skews)
         if abs(skew) > options.max_skew_s
     ]
-    slow = slow_nodes(rates, options.min_gbps)
-    problems += [
-        f"{nodes[i]}: all-reduce with {nodes[j]} reaches {rate:.2f} GB/s (limit {options.min_gbps:g} GB/s)"
-        for (i, j), rate in slow
-    ]
+    usual = MIN_GBPS_GPU if gpus else MIN_GBPS_CPU
+    least = usual if options.min_gbps is None else options.min_gbps
+    problems += slow_links(nodes, rates, least, options.min_share)
     if rank == 0:
-        text = ", ".join(f"{nodes[i]}-{nodes[j]} {rate:.2f}" for (i, j), rate in rates.items())
+        text = ", ".join(f"{nodes[i]}-{nodes[j]} {rate:.3g}" for (i, j), rate in rates.items())
         print(f"preflight: all-reduce in GB/s: {text}; clocks within {max(map(abs, skews)):.2f} s", flush=True)
     return problems
 
@@ -229,13 +236,16 @@ def cpu_bandwidth(store: Any, place: int, megabytes: int = 16) -> float:
 
 
 def timed(size: int, reduce: Any, device: torch.device, ranks: int = 2) -> float:
-    tensor, best = torch.zeros(size // 4, device=device), 0.0
+    tensor, best, began = torch.zeros(size // 4, device=device), 0.0, time.perf_counter()
     for _ in range(ROUNDS):
         start = time.perf_counter()
+        tensor[0] = float(start - began > ENOUGH_S)  # the sum is the same on all ranks, so all stop together
         reduce(tensor)
         if device.type == "cuda":
             torch.cuda.synchronize(device)
         best = max(best, 2 * (ranks - 1) / ranks * size / (time.perf_counter() - start) / 1e9)
+        if tensor[0] > 0:
+            break
     return best
 
 
@@ -263,8 +273,20 @@ def _gpu_worker(local: int, where: tuple[str, int], place: int, gpus: int, wait_
     dist.destroy_process_group()
 
 
-def slow_nodes(rates: dict[tuple[int, int], float], limit: float) -> list[tuple[tuple[int, int], float]]:
-    """Pairs below the limit, the suspect first: a node all of whose pairs are slow. In doubt a pair stays as it is."""
+def slow_links(nodes: list[str], rates: dict[tuple[int, int], float], least: float, share: float) -> list[str]:
+    """A line on each pair that is slower than `least` GB/s, or than `share` of the fastest pair."""
+    fastest = max(rates.values())
+    limit, name = max((least, "MIN_GBPS"), (share * fastest, f"MIN_SHARE of the fastest pair's {fastest:.3g}"))
+    lines = []
+    for pair, rate, sure in slow_nodes(rates, limit):
+        who, other = (nodes[i] for i in pair)
+        link = f"{who}: all-reduce with {other}" if sure else f"{who} or {other}: all-reduce between them"
+        lines.append(f"{link} reaches {rate:.3g} GB/s, the limit is {limit:.3g} GB/s ({name})")
+    return lines
+
+
+def slow_nodes(rates: dict[tuple[int, int], float], limit: float) -> list[tuple[tuple[int, int], float, bool]]:
+    """Pairs below the limit, their rates, and whether the first one is to blame: all of its pairs are slow."""
     slow = {pair: rate for pair, rate in rates.items() if rate < limit}
     partners: dict[int, list[bool]] = {}
     for pair in rates:
@@ -273,16 +295,15 @@ def slow_nodes(rates: dict[tuple[int, int], float], limit: float) -> list[tuple[
     suspects = {node for node, marks in partners.items() if all(marks) and len(marks) > 1}
     found = []
     for (i, j), rate in slow.items():
-        found.append(((j, i) if j in suspects and i not in suspects else (i, j), rate))
+        sure = (i in suspects) != (j in suspects)
+        found.append(((j, i) if sure and j in suspects else (i, j), rate, sure))
     return found
 
 
 def set_interface(address: str) -> None:
-    """Gloo must use the interface that reaches the others, and not what the host name happens to resolve to."""
+    """Gloo and NCCL must use the interface that reaches the others, not what the host name happens to resolve to."""
     import psutil
 
-    if "GLOO_SOCKET_IFNAME" in os.environ:
-        return
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((socket.gethostbyname(address), 9))
@@ -291,7 +312,8 @@ def set_interface(address: str) -> None:
         return
     for name, entries in psutil.net_if_addrs().items():
         if any(e.family == socket.AF_INET and e.address == own for e in entries):
-            os.environ["GLOO_SOCKET_IFNAME"] = name
+            for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+                os.environ.setdefault(variable, name)
 
 
 def finish(store: Any, rank: int, count: int, problems: list[str], fine: str) -> int:

@@ -39,6 +39,6 @@ prepare "$@"
 CHECKPOINT=${CHECKPOINT:-$(newest_checkpoint)}
 [[ -e $CHECKPOINT ]] || stop 2 "no checkpoint in $RUN_DIR/checkpoints: set CHECKPOINT"
 say "evaluating $CHECKPOINT"
-preflight
+MIN_FREE_GB=${MIN_FREE_GB:-1} preflight   # answers and numbers are all that it writes
 run_command eval "$CONFIG" --checkpoint "$CHECKPOINT" "run_dir=$RUN_DIR" "$@"
 finish

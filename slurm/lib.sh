@@ -2,7 +2,7 @@
 # shellcheck shell=bash
 
 say() { echo "$(date +%FT%T) job ${SLURM_JOB_ID}.${RESTART}: $*"; }
-stop() { say "$2"; exit "$1"; }
+stop() { local code=$1; shift; say "$*"; exit "$code"; }
 
 RESTART=${SLURM_RESTART_COUNT:-0}
 NOTICE=       # the signal that asked this job to end, if one did
@@ -55,20 +55,28 @@ notice() {
 
 join() { local IFS=,; echo "$*"; }
 
+# GiB that one checkpoint of STUDENT takes at most: weights of 2 bytes, and 12 more of Adam's two moments and fp32 weights.
+one_checkpoint_gb() {
+  local size
+  size=$(du -sLm -- "${STUDENT:-}" 2>/dev/null | cut -f1)
+  echo $(( ${size:-0} * 8 / 1024 + 1 ))
+}
+
 preflight() {
   [[ ${PREFLIGHT:-1} == 0 ]] && return
   say "preflight on ${NODES[*]}"
   "${SRUN[@]}" --nodes="${#NODES[@]}" --label --output="$LOG_DIR/preflight.log" \
     "${IN[@]}" "$PYTHON" -m megatron_opd.preflight --nodes "$(join "${NODES[@]}")" --port "$((PORT + 10000))" \
-    --directory "$RUN_DIR" --min-gbps "${MIN_GBPS:-0.5}" \
-    --min-free-gb "${MIN_FREE_GB:-50}" &
+    --directory "$RUN_DIR" --min-free-gb "${MIN_FREE_GB:-$(one_checkpoint_gb)}" ${MIN_GBPS:+--min-gbps "$MIN_GBPS"} \
+    --min-share "${MIN_SHARE:-0.25}" --max-skew-s "${MAX_SKEW_S:-2}" --wait-s "${PREFLIGHT_WAIT_S:-60}" &
   TRAINING=$!
   wait_for "$TRAINING"
   TRAINING=
   sed -n "s/^[0-9 ]*: preflight/preflight/p" "$LOG_DIR/preflight.log"
   [[ $CODE == 0 ]] && return
   [[ -n $NOTICE ]] && finish
-  stop 4 "preflight failed (see above, and $LOG_DIR/preflight.log): nothing was started. Submit again with --exclude=NODE"
+  stop 4 "preflight failed (see above, and $LOG_DIR/preflight.log): nothing was started. Submit again with --exclude=NODE," \
+    "or with another limit"
 }
 
 # One server per VLLM_TENSOR GPUs (one per node without GPUs), on the last VLLM_NODES nodes.
@@ -157,8 +165,11 @@ finish() {
   if [[ $NOTICE == USR2 ]]; then
     stop 0 "stopped on request after $(newest_checkpoint); submit again to go on"
   fi
-  if [[ -n $NOTICE || " $codes " == " $REQUEUE_CODE " ]]; then
+  if [[ $codes == "$REQUEUE_CODE " ]]; then
     say "saved $(newest_checkpoint)"
+  elif [[ -n $NOTICE ]]; then  # a node is gone, or the step took longer than Slurm waits
+    explain
+    say "not every rank could save; newest checkpoint: $(newest_checkpoint)"
   else
     explain
     step=$(newest_checkpoint)

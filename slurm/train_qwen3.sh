@@ -27,7 +27,11 @@
 # CONTAINER_IMAGE, CONTAINER_MOUNTS   run in a container (pyxis if srun has it, else apptainer); mounts as /a:/a,/b:/b
 # VLLM_NODES=k  the last k nodes of the job run vLLM servers instead of training (0: engines inside the training ranks)
 # VLLM_TENSOR   GPUs of one server                                         1
-# PREFLIGHT=0   skip the check of the nodes;  MIN_GBPS, MIN_FREE_GB: its limits (0.5, 50)
+# PREFLIGHT=0   skip the check of the nodes. Its limits, which it names when a node breaks one:
+#   MIN_GBPS          all-reduce of two nodes in GB/s                      1 with GPUs, 0.05 without
+#   MIN_SHARE         the same, as a share of the fastest pair             0.25
+#   MIN_FREE_GB       room for a checkpoint in RUN_DIR, GiB                eight times the size of STUDENT
+#   MAX_SKEW_S, PREFLIGHT_WAIT_S   clocks; how long nodes are waited for   2, 60
 # MAX_FAILURES  crashes in a row without a new checkpoint after which the job is not requeued any more: 3
 #
 # At the time limit (five minutes' notice), on preemption and after a crash the job checkpoints where it can, requeues itself

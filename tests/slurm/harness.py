@@ -55,7 +55,7 @@ class Cluster:
         run_dir.mkdir(parents=True, exist_ok=True)
         environment = self.environment | {
             "CONFIG": str(config), "RUN_DIR": str(run_dir), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore", "MIN_FREE_GB": "0.001", "MIN_GBPS": "0.001", "PREFLIGHT": "0",
+            "PYTHONWARNINGS": "ignore", "MIN_FREE_GB": "0.001", "PREFLIGHT": "0",
             "EXIT_GRACE_S": "15", "PYTHONDONTWRITEBYTECODE": "",
         } | settings  # fmt: skip
         output = run_dir.parent / f"{run_dir.name}.out"

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.preflight import Report, disk_problem, judge_reports, pairs, slow_nodes
+from megatron_opd.preflight import Report, disk_problem, judge_reports, pairs, slow_links, slow_nodes
 from tests.slurm.harness import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "slurm"))
@@ -38,13 +38,23 @@ def test_pairs_are_disjoint_and_reach_every_node(count: int) -> None:
 
 def test_the_slow_node_is_the_one_whose_pairs_are_all_slow() -> None:
     rates = {(0, 1): 10.0, (1, 2): 0.1, (2, 3): 0.2, (3, 0): 9.0}
-    assert [pair[0] for pair, _ in slow_nodes(rates, 1.0)] == [2, 2]
+    assert [(pair[0], sure) for pair, _, sure in slow_nodes(rates, 1.0)] == [(2, True), (2, True)]
     assert slow_nodes(rates, 0.05) == []
+
+
+def test_a_slow_link_is_reported_with_its_limit() -> None:
+    nodes, one_bad = ["a", "b", "c"], {(0, 1): 4.0, (1, 2): 5.0, (2, 0): 40.0}
+    assert slow_links(nodes, one_bad, least=1.0, share=0.0) == []
+    lines = slow_links(nodes, one_bad, least=1.0, share=0.25)
+    assert [line.split(" reaches")[0] for line in lines] == ["b: all-reduce with a", "b: all-reduce with c"]
+    assert lines[0].endswith("reaches 4 GB/s, the limit is 10 GB/s (MIN_SHARE of the fastest pair's 40)")
+    (line,) = slow_links(["a", "b"], {(0, 1): 0.5}, least=1.0, share=0.25)
+    assert line == "a or b: all-reduce between them reaches 0.5 GB/s, the limit is 1 GB/s (MIN_GBPS)"
 
 
 def test_disk(tmp_path: Path) -> None:
     assert disk_problem(tmp_path, 0.0) is None
-    assert "GiB free" in str(disk_problem(tmp_path, 1e9))
+    assert "the limit is 1e+09 GiB (MIN_FREE_GB)" in str(disk_problem(tmp_path, 1e9))
     (tmp_path / "file").touch()
     assert "not writable" in str(disk_problem(tmp_path / "file", 0.0))
 
