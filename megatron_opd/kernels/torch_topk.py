@@ -6,6 +6,7 @@ one pass of block maxima and two small top-k calls are exact.
 
 from __future__ import annotations
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -35,7 +36,12 @@ def _stable_positions(values: Tensor, k: int) -> Tensor:
     if values.dtype == torch.float64:  # no room for the position beside 64 bits of value
         return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
     keys, mask = _ordered_keys(values)
-    return (mask - (keys.topk(k, dim=1).values & mask)).long()
+    if keys.device.type == "cpu" and keys.shape[1] > k:  # numpy's vectorised selection: three times as fast as topk
+        largest = torch.from_numpy(np.partition(keys.numpy(), keys.shape[1] - k, axis=1)[:, -k:])
+        best = largest.sort(dim=1, descending=True).values
+    else:
+        best = keys.topk(k, dim=1).values
+    return (mask - (best & mask)).long()
 
 
 def _block_maxima(blocks: Tensor) -> Tensor:
@@ -43,11 +49,13 @@ def _block_maxima(blocks: Tensor) -> Tensor:
     if blocks.device.type != "cpu" or blocks.dtype not in (torch.bfloat16, torch.float16):
         return blocks.amax(2)
     # Widening a cache-sized piece first is about twice as fast as torch's own 16-bit maximum on CPU.
-    out = torch.empty(blocks.shape[:2], dtype=blocks.dtype, device=blocks.device)
+    out = torch.empty(blocks.shape[:2], dtype=torch.float32)
     rows = max(1, _MAXIMA_CPU // (blocks.shape[1] * blocks.shape[2]))
+    wide = torch.empty((min(rows, blocks.shape[0]), *blocks.shape[1:]), dtype=torch.float32)
     for start in range(0, blocks.shape[0], rows):
-        out[start : start + rows] = blocks[start : start + rows].float().amax(2)
-    return out
+        piece = blocks[start : start + rows]
+        torch.amax(wide[: piece.shape[0]].copy_(piece), 2, out=out[start : start + rows])
+    return out.to(blocks.dtype)
 
 
 def _topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
