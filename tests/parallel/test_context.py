@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.distributed as dist
+from megatron.core.models.common.embeddings.rope_utils import _apply_rotary_pos_emb_bshd, _apply_rotary_pos_emb_thd
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import PruneConfig
 from megatron_opd.models import packed
 from megatron_opd.models.build import Model
+from megatron_opd.models.packed import pack_row
 from megatron_opd.parallel.context import held_places, padded_length, response_places, row_order
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.rollout.base import Request, Sampling
@@ -71,6 +73,33 @@ def test_a_length_that_does_not_split_is_refused():
 def test_every_response_token_is_predicted_on_one_rank(prompt, response, size):
     found = torch.cat([response_places(prompt, response, rank, size) for rank in range(size)])
     assert sorted(found.tolist()) == list(range(response))
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_row_for_transformer_engine(rank):
+    lengths = [8, 4, 12]
+    row = pack_row(lengths, torch.device("cpu"), True, (rank, 2))
+    assert row.qkv_format == "thd" and row.max_seqlen_q == row.max_seqlen_kv == 12
+    assert row.cu_seqlens_q.tolist() == row.cu_seqlens_kv.tolist() == [0, 8, 12, 24]  # of whole sequences
+    assert row.cu_seqlens_q.dtype == row.cu_seqlens_kv.dtype == torch.int32
+    assert row.cu_seqlens_q_padded is None and row.cu_seqlens_kv_padded is None  # no padding between sequences
+    assert row.cp_group is None and row.local_cp_size is None  # the group that the attention was built with
+    assert row.take(torch.arange(24)).tolist() == held_places(lengths, rank, 2).tolist()
+
+
+def rotation_error(model: Model) -> float:
+    """Between what Megatron-Core does to a THD row's queries under context parallelism and what our core's row gets."""
+    size = model.layout.context[1]
+    lengths = [padded_length(n, size) for n in LENGTHS]
+    thd, plain = (pack_row(lengths, torch.device("cpu"), thd, model.layout.context) for thd in (True, False))
+    rotary = model.chunks[0].rotary_pos_emb
+    values = torch.randn(sum(lengths) // size, 2, 16, generator=torch.Generator().manual_seed(0))
+    theirs = _apply_rotary_pos_emb_thd(
+        values, thd.cu_seqlens_q, rotary(thd, packed_seq=True), cp_group=model.layout.groups.cp
+    )
+    ours = _apply_rotary_pos_emb_bshd(values[:, None], rotary(plain))[:, 0]
+    assert not torch.allclose(ours, values)
+    return float((ours - theirs).abs().max())
 
 
 def sequences() -> list[torch.Tensor]:
@@ -138,6 +167,8 @@ def everything(rank: int, world: int, directories, logits, known):
     for own, other in PAIRS:
         with student_model(directories["student"], own) as student:
             teacher = teacher_model(directories["teacher"], other)
+            if student.layout.context[1] > 1:
+                found["errors"][f"rotation {own}"] = rotation_error(student)
             found["errors"][f"student {own}"] = worst_error(student, logits["student"])
             found["errors"][f"teacher {other} beside {own}"] = worst_error(teacher, logits["teacher"])
             found["generated"][own] = generated(student)
