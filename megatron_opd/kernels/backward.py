@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from megatron_opd.kernels.backend import kernel_backend
 from megatron_opd.kernels.chunks import compute_dtype, full_precision_chunks
 
 
@@ -44,6 +45,11 @@ def topk_loss_backward_(
             f"logits and out {list(logits.shape)}, {list(grad.shape)}, ids and slope {list(ids.shape)}, "
             f"{list(slope.shape)} must be [tokens, vocab / tp] x 2 and [tokens, n] x 2"
         )
+    if kernel_backend(logits.device, logits.dtype) == "triton":
+        from megatron_opd.kernels import triton_launch
+
+        triton_launch.backward(logits, log_z, ids, slope, real, temperature, grad)
+        return grad
     upstream = slope.to(compute_dtype(logits)) / temperature
     total = upstream.sum(1, keepdim=True)
     pruned = (upstream == 0).all(1, keepdim=True)  # their logits may hold anything

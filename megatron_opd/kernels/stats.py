@@ -53,7 +53,11 @@ def shard_stats(
         ids = torch.empty((logits.shape[0], 0), dtype=torch.int64, device=logits.device)
     if ids.dim() != 2 or ids.shape[0] != logits.shape[0]:
         raise ValueError(f"ids must be [tokens, n] with {logits.shape[0]} tokens, got {list(ids.shape)}")
-    return _torch_stats(logits[:, :real], k, ids, temperature, chunk_tokens)
+    if kernel_backend(logits.device, logits.dtype) == "torch" or not real:
+        return _torch_stats(logits[:, :real], k, ids, temperature, chunk_tokens)
+    from megatron_opd.kernels import triton_launch
+
+    return ShardStats(*triton_launch.stats(logits, k, ids, real, temperature))
 
 
 @torch.no_grad()

@@ -1,0 +1,184 @@
+"""The Triton kernels behind stats.py and backward.py, which import this module when one first runs.
+
+Statistics, one program per row (or per part of a row): a row is read in tiles [LANES, 8]; lane l of every tile forms
+group l. Each group keeps its maximum, where that first occurred, and its own online sum of exponentials, all in
+registers, so that a tile costs one reduction within a thread and no exchange between threads. The K largest columns lie
+in the K groups whose maxima are largest (ties to the lowest column), so at the end those groups alone, a few percent of
+the row, are read again and sorted. Keys of a sort hold value and place in one integer: the order is total and the
+result exact.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+CHUNK = 8  # neighbouring columns of a lane: 16 bytes of bfloat16
+_CHUNK = tl.constexpr(CHUNK)
+_LOWEST = tl.constexpr(-3.4028234663852886e38)  # stands in for -inf where two are subtracted
+_LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _ordered_key(value, place, WIDE: tl.constexpr):
+    """An integer that sorts as (value, then lower place first); `value` in its own dtype, 0 <= place.
+
+    32 bits where values have 16 bits and places less than 2^16 (not WIDE), 64 bits otherwise.
+    """
+    if WIDE:
+        bits = value.to(tl.float32).to(tl.int32, bitcast=True)
+        bits = tl.where(bits == -(2**31), 0, bits)  # -0.0 equals 0.0
+        bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the order of floats as the order of signed integers
+        return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - place.to(tl.int64))
+    else:
+        bits = value.to(tl.int16, bitcast=True).to(tl.int32)
+        bits = tl.where(bits == -(2**15), 0, bits)
+        bits = bits ^ ((bits >> 15) & 0x7FFF)
+        return (bits << 16) | (0xFFFF - place)
+
+
+@triton.jit
+def _place(key, WIDE: tl.constexpr):
+    if WIDE:
+        return (0xFFFFFFFF - (key & 0xFFFFFFFF)).to(tl.int32)
+    else:
+        return 0xFFFF - (key & 0xFFFF)
+
+
+@triton.jit
+def _value(key, dtype: tl.constexpr, WIDE: tl.constexpr):
+    if WIDE:
+        bits = (key >> 32).to(tl.int32)
+        return (bits ^ ((bits >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True).to(dtype)
+    else:
+        bits = key >> 16
+        return (bits ^ ((bits >> 15) & 0x7FFF)).to(tl.int16).to(dtype, bitcast=True)
+
+
+@triton.jit
+def _take_in(x, tile, top, first, total, scale):
+    """A tile x [LANES, 8] float32 into the groups' maxima, the tile of their first occurrence, and their sums."""
+    highest = tl.max(x, axis=1)
+    first = tl.where(highest > top, tile, first)
+    new = tl.maximum(top, highest)
+    before, after = tl.maximum(top, _LOWEST), tl.maximum(new, _LOWEST)
+    part = tl.sum(tl.exp2((x - after[:, None]) * scale), axis=1)
+    return new, first, total * tl.exp2((before - after) * scale) + part
+
+
+@triton.jit
+def stats_kernel(
+    logits, row_stride, real, readable, tiles, ids, n, inverse_temperature,
+    lse, top_values, top_ids, at_ids, invalid,
+    PARTS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr,
+    IDS: tl.constexpr, WIDE: tl.constexpr, WIDE_PLACES: tl.constexpr,
+):  # fmt: skip
+    """Program p has part p % PARTS of row p // PARTS: `tiles` tiles of LANES x 8 columns, all [rows * PARTS, ...] out.
+
+    Columns below `real` count; those below `readable` may be read (a multiple of 16 where it can be, so that loads stay
+    whole). KEPT: K rounded up to a power of two, 0 for no top-k; DEPTH: `tiles` likewise. IDS: n likewise.
+    """
+    program = tl.program_id(0).to(tl.int64)
+    part = (program % PARTS).to(tl.int32)
+    row = program // PARTS
+    logits += row * row_stride
+    dtype: tl.constexpr = logits.dtype.element_ty
+    base = part * tiles * LANES * _CHUNK
+    lane = tl.arange(0, LANES)
+    within = lane[:, None] * _CHUNK + tl.arange(0, _CHUNK)[None, :]
+    scale = inverse_temperature * _LOG2_E
+
+    top = tl.full([LANES], float("-inf"), tl.float32)
+    first = tl.zeros([LANES], tl.int32)
+    total = tl.zeros([LANES], tl.float32)
+    whole = tl.minimum(tl.maximum(real - base, 0) // (LANES * _CHUNK), tiles)
+    for tile in range(0, whole):
+        x = tl.load(logits + base + tile * LANES * _CHUNK + within).to(tl.float32)
+        top, first, total = _take_in(x, tile, top, first, total, scale)
+    if whole < tiles:
+        column = base + whole * LANES * _CHUNK + within
+        x = tl.load(logits + column, mask=column < readable, other=float("-inf")).to(tl.float32)
+        top, first, total = _take_in(tl.where(column < real, x, float("-inf")), whole, top, first, total, scale)
+
+    highest = tl.maximum(tl.max(top, axis=0), _LOWEST)
+    summed = tl.sum(total * tl.exp2((tl.maximum(top, _LOWEST) - highest) * scale), axis=0)
+    tl.store(lse + program, highest * inverse_temperature + tl.log(summed))
+    nans = 0
+    if summed != summed:  # a NaN or +inf among the logits: rare enough to look again
+        for tile in range(0, tiles):
+            column = base + tile * LANES * _CHUNK + within
+            x = tl.load(logits + column, mask=column < real, other=0.0).to(tl.float32)
+            nans += tl.sum((x != x).to(tl.int32))
+    tl.store(invalid + program, (nans > 0).to(tl.int8))
+
+    if IDS > 0:
+        if part == 0:
+            slot = tl.arange(0, IDS)
+            wanted = tl.load(ids + row * n + slot, mask=slot < n, other=-1)
+            owned = (wanted >= 0) & (wanted < real)
+            x = tl.load(logits + wanted, mask=owned, other=0.0).to(tl.float32)
+            tl.store(at_ids + row * n + slot, x * inverse_temperature, mask=slot < n)
+
+    if KEPT > 0:
+        # The groups whose maxima are largest, in the order of their lanes.
+        if WIDE_PLACES:
+            groups = tl.topk(_ordered_key(top, first * LANES + lane, True), KEPT)
+        else:
+            groups = tl.topk(_ordered_key(top.to(dtype), first * LANES + lane, False), KEPT)
+        lanes = tl.sort(_place(groups, WIDE_PLACES) % LANES)
+        # Their columns, ascending: [DEPTH, KEPT, 8].
+        depth = tl.arange(0, DEPTH)[:, None, None]
+        offset = tl.arange(0, _CHUNK)[None, None, :]
+        column = base + (depth * LANES + lanes[None, :, None]) * _CHUNK + offset
+        x = tl.load(logits + column, mask=(depth < tiles) & (column < real), other=0.0)
+        place = (depth * KEPT + tl.arange(0, KEPT)[None, :, None]) * _CHUNK + offset
+        key = _ordered_key(x, place, WIDE)
+        lowest = tl.full([1], -(2**63), tl.int64) if WIDE else tl.full([1], -(2**31), tl.int32)
+        key = tl.where((depth < tiles) & (column < real), key, lowest)
+        best = tl.topk(tl.reshape(key, [DEPTH * KEPT * _CHUNK]), KEPT)
+        place = _place(best, WIDE)
+        group = (place // _CHUNK) % KEPT
+        slot = tl.arange(0, KEPT)
+        its_lane = tl.sum(tl.where(group[:, None] == slot[None, :], lanes[None, :], 0), axis=1)
+        column = base + ((place // (_CHUNK * KEPT)) * LANES + its_lane) * _CHUNK + place % _CHUNK
+        # A part, not a row, may have fewer than K columns.
+        value = tl.where(best == lowest, float("-inf"), _value(best, dtype, WIDE))
+        tl.store(top_values + program * K + slot, value, mask=slot < K)
+        tl.store(top_ids + program * K + slot, tl.minimum(column, real - 1).to(tl.int64), mask=slot < K)
+
+
+@triton.jit
+def backward_kernel(
+    logits, row_stride, grad, grad_stride, log_z, ids, slope, n, real, width, inverse_temperature,
+    BLOCKS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, IDS: tl.constexpr,
+):  # fmt: skip
+    """Program p has block p % BLOCKS, of TILES x TILE columns, of row p // BLOCKS; `grad` may be `logits`."""
+    program = tl.program_id(0).to(tl.int64)
+    begin = (program % BLOCKS).to(tl.int32) * (TILES * TILE)
+    row = program // BLOCKS
+    logits += row * row_stride
+    grad += row * grad_stride
+    slot = tl.arange(0, IDS)
+    upstream = tl.load(slope + row * n + slot, mask=slot < n, other=0.0).to(tl.float32)
+    total = tl.sum(upstream, axis=0) * inverse_temperature
+    pruned = tl.sum((upstream != 0).to(tl.int32), axis=0) == 0  # its logits may hold anything
+    normaliser = tl.load(log_z + row)
+
+    # The logits at the ids of this block, before they are overwritten.
+    wanted = tl.load(ids + row * n + slot, mask=slot < n, other=-1)
+    owned = (wanted >= begin) & (wanted < begin + TILES * TILE) & (wanted < real)
+    chosen = tl.load(logits + wanted, mask=owned, other=0.0).to(tl.float32)
+    same = wanted[:, None] == wanted[None, :]  # an id that occurs twice receives both
+    own = tl.sum(tl.where(same, upstream[None, :], 0.0), axis=1) * inverse_temperature
+    chosen = own - total * tl.exp(chosen * inverse_temperature - normaliser)
+    tl.debug_barrier()
+
+    for tile in range(0, TILES):
+        column = begin + tile * TILE + tl.arange(0, TILE)
+        x = tl.load(logits + column, mask=column < width, other=0.0).to(tl.float32)
+        value = -total * tl.exp(x * inverse_temperature - normaliser)
+        value = tl.where((column < real) & (not pruned), value, 0.0)
+        tl.store(grad + column, value.to(grad.dtype.element_ty), mask=column < width)
+
+    tl.debug_barrier()
+    tl.store(grad + wanted, tl.where(pruned, 0.0, chosen).to(grad.dtype.element_ty), mask=owned)
