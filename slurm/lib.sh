@@ -28,7 +28,8 @@ prepare() {
   export EXIT_GRACE_S
   IN=()
   if [[ -n ${CONTAINER_IMAGE:-} ]]; then
-    local mounts="$REPO:$REPO,$RUN_DIR:$RUN_DIR${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}"
+    local mounts
+    mounts=$(mounts)${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     PYTHON=${PYTHON:-python3}
     if srun --help | grep -q -- --container-image; then
       SRUN+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$REPO")
@@ -44,6 +45,16 @@ prepare() {
   trap 'notice USR1' USR1   # --signal: five minutes to the time limit
   trap 'notice TERM' TERM   # preemption, scontrol requeue, scancel: Slurm tells the ranks itself
   trap 'notice USR2' USR2   # scancel --batch --signal=USR2: save and end
+}
+
+# What the container must see, at the same place: the repository, the run directory, models, data and config.
+mounts() {
+  local place all=
+  for place in "$REPO" "$RUN_DIR" "${STUDENT:-}" "${TEACHER:-}" "$(dirname "${PROMPTS:-/}")" "${EVAL_DATA:-}" \
+    "$(dirname "$CONFIG")"; do
+    [[ -d $place && $place != / && ,$all, != *,"$place:$place",* ]] && all+=${all:+,}$place:$place
+  done
+  echo "$all"
 }
 
 # The ranks finish their step, save and end with REQUEUE_CODE.
@@ -65,7 +76,7 @@ one_checkpoint_gb() {
 preflight() {
   [[ ${PREFLIGHT:-1} == 0 ]] && return
   say "preflight on ${NODES[*]}"
-  "${SRUN[@]}" --nodes="${#NODES[@]}" --label --output="$LOG_DIR/preflight.log" \
+  "${SRUN[@]}" --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --label --output="$LOG_DIR/preflight.log" \
     "${IN[@]}" "$PYTHON" -m megatron_opd.preflight --nodes "$(join "${NODES[@]}")" --port "$((PORT + 10000))" \
     --directory "$RUN_DIR" --min-free-gb "${MIN_FREE_GB:-$(one_checkpoint_gb)}" ${MIN_GBPS:+--min-gbps "$MIN_GBPS"} \
     --min-share "${MIN_SHARE:-0.25}" --max-skew-s "${MAX_SKEW_S:-2}" --wait-s "${PREFLIGHT_WAIT_S:-60}" &
@@ -91,8 +102,8 @@ start_servers() {
   done
   export MEGATRON_OPD_VLLM_API_KEY=${MEGATRON_OPD_VLLM_API_KEY:-$(od -An -N16 -tx1 /dev/urandom | tr -d ' \n')}
   export SERVERS_EACH=$each VLLM_PORT=$base VLLM_TENSOR=$tensor
-  "${SRUN[@]}" --nodes="${#SERVER_NODES[@]}" --nodelist="$(join "${SERVER_NODES[@]}")" --output="$LOG_DIR/vllm-%N.log" \
-    "${IN[@]}" bash "$REPO/slurm/serve.sh" "$PYTHON" &
+  "${SRUN[@]}" --nodes="${#SERVER_NODES[@]}" --ntasks="${#SERVER_NODES[@]}" \
+    --nodelist="$(join "${SERVER_NODES[@]}")" --output="$LOG_DIR/vllm-%N.log" "${IN[@]}" bash "$REPO/slurm/serve.sh" "$PYTHON" &
   SERVERS=$!
   SERVER_OVERRIDES=(rollout.engine=vllm rollout.mode=server "rollout.servers=[$(join "${urls[@]}")]")
   (( gpus )) || SERVER_OVERRIDES+=("rollout.transfer_dir=$RUN_DIR/transfer")
@@ -102,7 +113,8 @@ start_servers() {
 run_training() { run_command train "$CONFIG" "run_dir=$RUN_DIR" "${SERVER_OVERRIDES[@]}" "$@"; }
 
 run_command() {
-  "${SRUN[@]}" --nodes="${#TRAIN_NODES[@]}" --nodelist="$(join "${TRAIN_NODES[@]}")" --output="$LOG_DIR/%N.log" \
+  "${SRUN[@]}" --nodes="${#TRAIN_NODES[@]}" --ntasks="${#TRAIN_NODES[@]}" \
+    --nodelist="$(join "${TRAIN_NODES[@]}")" --output="$LOG_DIR/%N.log" \
     "${IN[@]}" "$PYTHON" "$REPO/slurm/launch.py" --log-dir "$LOG_DIR" "$@" &
   TRAINING=$!
   # rank 0's progress, wherever rank 0 is
@@ -146,8 +158,11 @@ explain() {
     fi
   done | sort | head -n 8
   for node in "${TRAIN_NODES[@]}"; do
-    sed -n "s|.*\(megatron-opd: .*\)|  $node: \1|p" "$LOG_DIR/$node.log" 2>/dev/null | tail -n 2
-  done | head -n 8
+    awk -v node="$node" '{ sub(/^\[rank [0-9]+\]: /, "") }
+      /^megatron-opd: / { on = 1; print "  " node ": " $0; next }
+      on && /^  / { print "  " node ": " $0; next }   # the rest of that message
+      { on = 0 }' "$LOG_DIR/$node.log" 2>/dev/null | tail -n 5
+  done | head -n 10
   echo "  logs: $LOG_DIR/NODE.log, of each rank alone: $LOG_DIR/ranks"
 }
 

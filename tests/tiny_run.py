@@ -58,8 +58,8 @@ class TinyRun:
         self.folder = folder
         self.run_dir = folder / "run"
         tokenizer = _make_tokenizer(folder)
-        _make_model(folder / "student", tokenizer, seed=0)
-        _make_model(folder / "teacher", tokenizer, seed=1, hidden_size=48)
+        make_model(folder / "student", tokenizer, seed=0)
+        make_model(folder / "teacher", tokenizer, seed=1, hidden_size=48)
         lines = [json.dumps({"prompt": f"{i} + {i + 1} = ", "answer": str(2 * i + 1)}) for i in range(40)]
         (folder / "prompts.jsonl").write_text("\n".join(lines) + "\n")
         self.config = folder / "config.yaml"
@@ -211,7 +211,8 @@ def _make_tokenizer(folder: Path) -> Path:
     return folder / "tokenizer.model"
 
 
-def _make_model(folder: Path, tokenizer: Path, seed: int, **changes: int) -> None:
+def make_model(folder: Path, tokenizer: Path, seed: int, **changes: int) -> None:
+    """A random Qwen3 with its tokenizer; `changes` to its shape."""
     torch.manual_seed(seed)
     shape = {
         "vocab_size": 61,  # odd: tensor ranks pad it

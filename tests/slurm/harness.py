@@ -16,7 +16,6 @@ from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 SCRIPT = Path(__file__).with_name("cluster.sh")
-TRAIN = REPOSITORY / "slurm" / "train_qwen3.sh"
 LIMIT_S = float(os.environ.get("SLURM_TEST_LIMIT_S", "420"))  # of one wait; a loaded machine takes long to start Python
 
 
@@ -49,9 +48,15 @@ class Cluster:
         return done.stdout.strip()
 
     def submit(
-        self, run_dir: Path, config: Path, *overrides: str, sbatch: tuple[str, ...] = (), **settings: str
+        self,
+        run_dir: Path,
+        config: Path,
+        *overrides: str,
+        script: str = "train_qwen3.sh",
+        sbatch: tuple[str, ...] = (),
+        **settings: str,
     ) -> Job:
-        """`sbatch slurm/train_qwen3.sh OVERRIDES`; `settings` are environment variables of the job."""
+        """`sbatch slurm/train_qwen3.sh OVERRIDES`, or another script; `settings`: environment variables of the job."""
         run_dir.mkdir(parents=True, exist_ok=True)
         environment = self.environment | {
             "CONFIG": str(config), "RUN_DIR": str(run_dir), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
@@ -59,7 +64,7 @@ class Cluster:
             "EXIT_GRACE_S": "15", "PYTHONDONTWRITEBYTECODE": "",
         } | settings  # fmt: skip
         output = run_dir.parent / f"{run_dir.name}.out"
-        command = ["sbatch", "--parsable", f"--output={output}", *sbatch, str(TRAIN), *overrides]
+        command = ["sbatch", "--parsable", f"--output={output}", *sbatch, f"slurm/{script}", *overrides]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)
         assert done.returncode == 0, done.stderr
         return Job(self, done.stdout.strip(), run_dir, output)

@@ -94,3 +94,66 @@ def test_missing_node_stops_all(tmp_path: Path) -> None:
     )  # fmt: skip
     assert done.returncode == 1
     assert "bad node gone: did not come" in done.stdout
+
+
+FAKES = {
+    "scontrol": "echo n1; echo n2; echo n3",
+    "srun": 'if [[ $1 == --help ]]; then echo "$SRUN_HELP"; exit; fi; printf "%s\\n" "$*" >>"$CALLS"',
+    "apptainer": "exit 1",
+}
+
+
+def job_commands(folder: Path, **settings: str) -> list[str]:
+    """What train_qwen3.sh gives to srun, one line a call, on three nodes that are not there."""
+    (folder / "bin").mkdir()
+    for name, script in FAKES.items():
+        path = folder / "bin" / name
+        path.write_text(f"#!/bin/bash\n{script}\n")
+        path.chmod(0o755)
+    for name in ("student", "teacher", "data"):
+        (folder / name).mkdir()
+    environment = {
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "CALLS": str(folder / "calls"), "SRUN_HELP": "",
+        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "STUDENT": str(folder / "student"), "TEACHER": str(folder / "teacher"), "RUN_DIR": str(folder / "run"),
+        "PROMPTS": str(folder / "data" / "prompts.jsonl"),
+    } | settings  # fmt: skip
+    script = str(REPOSITORY / "slurm" / "train_qwen3.sh")
+    done = subprocess.run(["bash", script, "train.steps=5"], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return (folder / "calls").read_text().splitlines()
+
+
+def seen_inside(folder: Path) -> str:
+    places = [REPOSITORY, folder / "run", folder / "student", folder / "teacher", folder / "data"]
+    return ",".join(f"{place}:{place}" for place in [*places, REPOSITORY / "examples" / "qwen3"])
+
+
+def test_in_a_container_by_pyxis(tmp_path: Path) -> None:
+    help_text = "      --container-image=[USER@][REGISTRY#]IMAGE[:TAG]|PATH"
+    preflight, train = job_commands(
+        tmp_path, CONTAINER_IMAGE="opd.sqsh", CONTAINER_MOUNTS="/scratch:/scratch", SRUN_HELP=help_text
+    )
+    for line in (preflight, train):
+        assert f"--container-image=opd.sqsh --container-mounts={seen_inside(tmp_path)},/scratch:/scratch " in line
+        assert f"--container-workdir={REPOSITORY}" in line and "apptainer" not in line
+    assert "--nodes=3" in preflight and "python3 -m megatron_opd.preflight --nodes n1,n2,n3" in preflight
+    assert f"--nodelist=n1,n2,n3 --output={tmp_path}/run/logs/7.0/%N.log python3 {REPOSITORY}/slurm/launch.py" in train
+    assert train.endswith(f" train {REPOSITORY}/examples/qwen3/recipe.yaml run_dir={tmp_path}/run train.steps=5")
+
+
+def test_in_a_container_by_apptainer(tmp_path: Path) -> None:
+    preflight, train = job_commands(tmp_path, CONTAINER_IMAGE="opd.sif", PYTHON="/opt/bin/python")
+    inside = f"apptainer exec --nv --bind {seen_inside(tmp_path)} --pwd {REPOSITORY} opd.sif /opt/bin/python "
+    assert f"{inside}-m megatron_opd.preflight" in preflight and f"{inside}{REPOSITORY}/slurm/launch.py" in train
+    assert "--container" not in preflight + train
+
+
+def test_servers_take_the_last_nodes(tmp_path: Path) -> None:
+    """Without GPUs: one server a node, at ports from VLLM_PORT on; the ranks know them by name."""
+    commands = job_commands(tmp_path, VLLM_NODES="1", VLLM_PORT="9000", PREFLIGHT="0")
+    gpus, servers, train = sorted(commands, key=lambda line: ("launch.py" in line, "serve.sh" in line))
+    assert "--nodelist=n3" in gpus and "--nodes=1 --ntasks=1 --nodelist=n3" in servers
+    assert "--nodes=2 --ntasks=2 --nodelist=n1,n2" in train
+    override = 'rollout.engine=vllm rollout.mode=server rollout.servers=["http://n3:9000"] '
+    assert f"{override}rollout.transfer_dir={tmp_path}/run/transfer train.steps=5" in train
