@@ -12,6 +12,7 @@ from megatron_opd.config import Config, ConfigError, all_keys, load_config
 
 _COMMANDS = (
     ("train", "train a student"),
+    ("compare", "several runs, a step of each in turns"),
     ("eval", "evaluate a checkpoint"),
     ("doctor", "check packages, layouts, models, prompts and disk before a run"),
 )
@@ -28,6 +29,11 @@ def main(arguments: list[str] | None = None) -> int:
         command.add_argument("--nproc", type=int, default=None, help="processes to start on this machine")
         if name == "eval":
             command.add_argument("--checkpoint", help="Hugging Face, converted or run checkpoint directory")
+        if name == "compare":
+            command.add_argument(
+                "--variant", nargs="+", action="append", required=True, metavar=("NAME", "key=value"),
+                help="one of the runs: it writes to run_dir/NAME",
+            )  # fmt: skip
     commands.add_parser("keys", help="list every config key with its documentation")
     options, rest = parser.parse_known_args(arguments)
     unknown = [x for x in rest if x.startswith("-") or "=" not in x]
@@ -39,6 +45,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 0
     try:
         config = load_config(options.config, [*options.overrides, *rest])
+        if options.command == "compare":
+            options.configs = named_configs(options.config, [*options.overrides, *rest], config.run_dir, options.variant)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
@@ -49,6 +57,16 @@ def main(arguments: list[str] | None = None) -> int:
     return run(options, config)
 
 
+def named_configs(path: str, shared: list[str], run_dir: str, runs: list[list[str]]) -> dict[str, Config]:
+    """The config of each `--variant NAME key=value ...`."""
+    names = [name for name, *_ in runs]
+    if wrong := [name for name in names if "=" in name or names.count(name) > 1]:
+        raise ConfigError(f"--variant {wrong[0]}: begins with a name of its own, e.g. --variant plain prune.preset=off")
+    return {
+        name: load_config(path, [*shared, *own, f"run_dir={os.path.join(run_dir, name)}"]) for name, *own in runs
+    }
+
+
 def run(options: argparse.Namespace, config: Config) -> int:
     """Runs one process's part of a command."""
     if "PYTHONWARNINGS" not in os.environ:  # deprecations inside torch and Megatron-Core, once per rank, hide our lines
@@ -57,6 +75,10 @@ def run(options: argparse.Namespace, config: Config) -> int:
         from megatron_opd.training.loop import train
 
         return guarded(lambda: train(config))
+    if options.command == "compare":
+        from megatron_opd.training.compare import compare
+
+        return guarded(lambda: compare(options.configs))
     if options.command == "doctor":
         from megatron_opd.training.doctor import diagnose
 

@@ -3,9 +3,10 @@
     make demo        or: python examples/tiny/demo.py [--out runs/demo] [--in-flight] [--quick]
 
 Two pairs of student and teacher. On the drifting pair the student leaves the teacher's path early, so most of what
-plain distillation generates is wasted; on the close pair nearly everything is worth generating. Each pair is trained
-with the same seed, prompts and number of steps, by two processes: the student with tensor and sequence parallelism,
-the teacher with pipeline parallelism. Prints one table and writes report.html with the curves.
+plain distillation generates is wasted; on the close pair nearly everything is worth generating. The runs of a pair have
+the same seed, prompts and number of steps and take turns, a step of each, in the same two processes (`megatron-opd
+compare`), so that a machine whose speed drifts favours neither: the student with tensor and sequence parallelism, the
+teacher with pipeline parallelism. Prints one table and writes report.html with the curves.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-RUNS = (("drifting", "off"), ("drifting", "paper"), ("close", "off"), ("close", "paper"))
+PAIRS = ("drifting", "close")
 NAMES = {"off": "plain OPD", "paper": "Prune-OPD", "in_flight": "Prune-OPD in flight"}
 COLORS = {"off": "#8a8f98", "paper": "#1f6feb", "in_flight": "#d9730d"}
 
@@ -34,7 +35,7 @@ class Result:
     pair: str
     preset: str
     steps: list[dict]  # metrics.jsonl
-    before: float | None  # accuracy of the student it started from; measured once per pair
+    before: float  # accuracy of the student it started from; measured once per pair
 
     @property
     def seconds(self) -> float:
@@ -49,25 +50,25 @@ class Result:
         return sum(s[key] for s in self.steps)
 
 
-def train(pair: str, preset: str, out: Path, overrides: list[str]) -> Result:
-    """Runs one training in processes of its own."""
-    run_dir = out / f"{pair}-{preset}"
+def train(pair: str, presets: list[str], out: Path, overrides: list[str]) -> list[Result]:
+    """Runs a pair's trainings, step by step in turns, in processes of their own."""
+    run_dir = out / pair
     shutil.rmtree(run_dir, ignore_errors=True)
-    first = preset == "off"
-    print(f"\n== {pair} pair, {NAMES[preset]}", flush=True)
+    print(f"\n== {pair} pair: {', '.join(NAMES[preset] for preset in presets)}", flush=True)
     command = [
-        sys.executable, "-m", "megatron_opd.cli", "train", str(HERE / f"{pair}.yaml"), f"run_dir={run_dir}",
-        f"prune.preset={preset}", f"eval.at_start={str(first).lower()}", "--nproc", "2", *overrides,
+        sys.executable, "-m", "megatron_opd.cli", "compare", str(HERE / f"{pair}.yaml"), f"run_dir={run_dir}",
+        *overrides, "--nproc", "2",
     ]  # fmt: skip
+    for preset in presets:  # they start from the same student: one of them measures it
+        command += ["--variant", preset, f"prune.preset={preset}", f"eval.at_start={str(preset == 'off').lower()}"]
     code = subprocess.run(command).returncode
     if code:
-        sys.exit(f"demo: {pair} {preset} ended with exit code {code}")
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    before = None
-    if first:
-        sets = json.loads((run_dir / "eval" / "step0.json").read_text())["accuracy"]
-        before = next(iter(sets.values()))
-    return Result(pair, preset, steps, before)
+        sys.exit(f"demo: the {pair} pair ended with exit code {code}")
+    before = next(iter(json.loads((run_dir / "off" / "eval" / "step0.json").read_text())["accuracy"].values()))
+    return [
+        Result(pair, p, [json.loads(x) for x in (run_dir / p / "metrics.jsonl").read_text().splitlines()], before)
+        for p in presets
+    ]
 
 
 def table(results: list[Result]) -> list[list[str]]:
@@ -79,7 +80,7 @@ def table(results: list[Result]) -> list[list[str]]:
             [
                 r.pair,
                 NAMES[r.preset],
-                f"{100 * (plain.before or 0):.1f}%",
+                f"{100 * r.before:.1f}%",
                 f"{100 * r.accuracy[-1][1]:.1f}%",
                 f"{r.seconds:.0f} s",
                 f"{r.total('tokens_generated'):,}",
@@ -125,8 +126,7 @@ def draw(results: list[Result]) -> bytes:
             row[1].plot(x, [s["effective_length_mean"] for s in r.steps], **style)
             if all(s["overlap_mean"] is not None for s in r.steps):
                 row[2].plot(x, [s["overlap_mean"] for s in r.steps], **style)
-            plain = next(p for p in results if p.pair == pair and p.preset == "off")
-            points = [(0, plain.before or 0.0), *r.accuracy]
+            points = [(0, r.before), *r.accuracy]
             row[3].plot([p[0] for p in points], [100 * p[1] for p in points], marker="o", **style)
             clock = {s["step"]: sum(t["step_s"] for t in r.steps[: i + 1]) for i, s in enumerate(r.steps)}
             row[4].plot([clock.get(p[0], 0.0) for p in points], [100 * p[1] for p in points], marker="o", **style)
@@ -162,13 +162,13 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="two steps of each run, to see that everything works")
     parser.add_argument("--in-flight", action="store_true", help="also stop answers while they are generated")
     options, overrides = parser.parse_known_args()
-    runs = [*RUNS, ("drifting", "in_flight"), ("close", "in_flight")] if options.in_flight else list(RUNS)
+    presets = ["off", "paper", "in_flight"] if options.in_flight else ["off", "paper"]
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)
     if options.quick:
         overrides += ["train.steps=2", "eval.sets.0.limit=8"]
     started = time.time()
-    results = [train(pair, preset, out, overrides) for pair, preset in runs]
+    results = [result for pair in PAIRS for result in train(pair, presets, out, overrides)]
     rows = table(results)
     picture = draw(results)
     (out / "report.png").write_bytes(picture)

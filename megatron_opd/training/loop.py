@@ -21,27 +21,37 @@ def train(config: Config) -> None:
     """Trains to the last step, from the newest checkpoint of `run_dir` where there is one. Collective."""
     run = Run(config)
     try:
-        if config.eval.at_start and run.step == 0:
-            run.evaluate()
-        while run.step < config.train.steps:
-            with run.guard.step(run.step + 1):
-                metrics = step(run)
-            last = run.step == config.train.steps
-            if run.eval_sets and (due(run.step, config.eval.every) or (last and config.eval.at_end)):
-                metrics["accuracy"] = run.evaluate()
-            leave = run.guard.asked_to_leave()
-            run.report(metrics)
-            saving = due(run.step, config.checkpoint.every)
-            run.checkpoints.after_step(run.step, run.state, wanted=saving, must=last or bool(leave))
-            if run.totals.bad_in_a_row >= config.train.max_bad_steps:
-                raise TrainingStopped(
-                    f"{run.totals.bad_in_a_row} steps in a row were not finite (train.max_bad_steps); the last: "
-                    f"{metrics['skipped']}"
-                )
-            if leave and not last:
-                raise Requeue(f"{leave}: step {run.step} is finished and saved; start again to go on")
+        begin(run)
+        while not run.finished:
+            advance(run)
     finally:
         run.close()
+
+
+def begin(run: Run) -> None:
+    """What comes before the first step."""
+    if run.config.eval.at_start and run.step == 0:
+        run.evaluate()
+
+
+def advance(run: Run) -> None:
+    """One step, and the evaluation and checkpoint that are due after it."""
+    config = run.config
+    with run.guard.step(run.step + 1):
+        metrics = step(run)
+    if run.eval_sets and (due(run.step, config.eval.every) or (run.finished and config.eval.at_end)):
+        metrics["accuracy"] = run.evaluate()
+    leave = run.guard.asked_to_leave()
+    run.report(metrics)
+    saving = due(run.step, config.checkpoint.every)
+    run.checkpoints.after_step(run.step, run.state, wanted=saving, must=run.finished or bool(leave))
+    if run.totals.bad_in_a_row >= config.train.max_bad_steps:
+        raise TrainingStopped(
+            f"{run.totals.bad_in_a_row} steps in a row were not finite (train.max_bad_steps); the last: "
+            f"{metrics['skipped']}"
+        )
+    if leave and not run.finished:
+        raise Requeue(f"{leave}: step {run.step} is finished and saved; start again to go on")
 
 
 def step(run: Run) -> dict[str, Any]:

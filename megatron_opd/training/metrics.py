@@ -120,13 +120,14 @@ class MetricsLog:
 
 
 class StepProgress:
-    """A live bar in a terminal; one plain line a step in a log."""
+    """A live bar in a terminal; one plain line a step in a log, and for a run that has a label."""
 
-    def __init__(self, steps: int, done: int, console: Console | None = None) -> None:
+    def __init__(self, steps: int, done: int, label: str = "", console: Console | None = None) -> None:
         self.console = console or Console(soft_wrap=True)
         self.steps = steps
+        self.prefix = f"{label}: " if label else ""
         self.bar: Progress | None = None
-        if self.console.is_terminal:
+        if self.console.is_terminal and not label:
             columns = (
                 TextColumn("step"),
                 MofNCompleteColumn(),
@@ -158,7 +159,8 @@ class StepProgress:
     def say(self, text: str) -> None:
         """One line for the reader, above the bar."""
         with suppress(OSError):  # a log on a full disk must not end the run
-            (self.bar.console if self.bar is not None else self.console).print(text, markup=False, highlight=False)
+            console = self.bar.console if self.bar is not None else self.console
+            console.print(self.prefix + text, markup=False, highlight=False)
 
     def close(self) -> None:
         if self.bar is not None:

@@ -44,11 +44,12 @@ class Totals:
 class Run:
     """See the module's docstring. `step` counts finished steps."""
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, config: Config, label: str = "") -> None:
+        """`label`: tells this run's lines from those of others in the same processes."""
         self.config = config
         self.device = init_distributed(config)
         self.is_writer = dist.get_rank() == 0
-        self.progress = StepProgress(config.train.steps, 0) if self.is_writer else None
+        self.progress = StepProgress(config.train.steps, 0, label) if self.is_writer else None
         self.guard = Guard(config.run_dir, config.train.watchdog_s)
         try:
             self._build(config)
@@ -87,6 +88,10 @@ class Run:
         if config.rollout.engine != "megatron":
             self.probe = HandoverProbe(config, self.trainer, self.engine)
         self.hand_over()
+
+    @property
+    def finished(self) -> bool:
+        return self.step >= self.config.train.steps
 
     def say(self, text: str) -> None:
         if self.progress is not None:
