@@ -76,7 +76,8 @@ def check_stats(case: Case) -> None:
         assert torch.equal(found.invalid[rows], invalid)
         owned = (ids[rows] >= 0) & (ids[rows] < case.real)
         at = torch.where(owned, real.gather(1, ids[rows].clamp(0, case.real - 1)) / case.temperature, 0.0)
-        torch.testing.assert_close(found.at_ids[rows].double(), at, rtol=1e-6, atol=1e-6, equal_nan=True)
+        at = at.to(found.at_ids.dtype)
+        torch.testing.assert_close(found.at_ids[rows], at, rtol=1e-6, atol=1e-6, equal_nan=True)
         lse = (real / case.temperature).logsumexp(1)
         lse[(real == INF).any(1)] = torch.nan  # the torch path's answer too
         torch.testing.assert_close(found.lse[rows].double(), lse, rtol=2e-6, atol=2e-6, equal_nan=True)
