@@ -70,7 +70,7 @@ def named_configs(path: str, shared: list[str], run_dir: str, runs: list[list[st
 def run(options: argparse.Namespace, config: Config) -> int:
     """Runs one process's part of a command."""
     if "PYTHONWARNINGS" not in os.environ:  # deprecations inside torch and Megatron-Core, once per rank, hide our lines
-        warnings.filterwarnings("ignore", module=r"torch|megatron\.core")
+        warnings.filterwarnings("ignore", module=r"torch|megatron\.core|mbridge")
     if options.command == "train":
         from megatron_opd.training.loop import train
 
