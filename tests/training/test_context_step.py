@@ -135,3 +135,11 @@ def test_a_run_has_the_metrics_of_context_one(name, other, runs):
     ours, theirs = runs.metrics(runs.folder / name), runs.metrics(runs.folder / other)
     assert len(ours) == 4
     assert largest_difference(ours, theirs) < 1e-4
+
+
+@pytest.mark.parametrize("name", ["two", "two under pp2"])  # without and with a distributed optimizer
+def test_one_replica_writes_each_tensor(name, runs):
+    def stored(run: str) -> int:
+        return sum(file.stat().st_size for file in (runs.folder / run / "checkpoints/step_000004").rglob("*.distcp"))
+
+    assert stored(name) == pytest.approx(stored("one"), rel=0.1)  # beside a header for each tensor's piece
