@@ -41,13 +41,9 @@ lint: install-test ## ruff, and mypy over config.py, prune/ and losses/
 	$(BIN)/ruff check megatron_opd tools tests examples setup.py
 	$(BIN)/mypy megatron_opd/config.py megatron_opd/prune megatron_opd/losses
 
-# Two nodes and a spare one in network namespaces. Skipped, with the reason, where there are no rights for that; the last
-# line ends the cluster, and nothing else, also where the tests were interrupted.
-SLURM_TEST_DIR := /tmp/megatron_opd_slurm
+# Two nodes and a spare one in network namespaces; where there are no rights for that, one line says so
 test-slurm: install-test ## job scripts on a real Slurm in network namespaces (root): preemption, dead nodes, full disks
-	tests/slurm/install.sh
-	SLURM_TEST_CLUSTER=$(SLURM_TEST_DIR) $(BIN)/python -m pytest tests/slurm -m slurm -v --durations=0 --durations-min=1; \
-	  code=$$?; tests/slurm/cluster.sh down $(SLURM_TEST_DIR); exit $$code
+	tests/slurm/run.sh $(BIN)/python
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -15,13 +15,19 @@ verb=${1:?up, down, env or link} dir=$(realpath -m "${2:?directory}")
 tag=mopd net=10.213.77
 conf=$dir/etc/slurm.conf munge=$dir/munge.socket
 
-alive() { [[ -s $1 ]] && kill -0 "$(cat "$1")" 2>/dev/null; }
+alive() {  # whether the daemon of this pid file runs: not a zombie, nor another process of that number
+  local pid status
+  pid=$(cat "$1" 2>/dev/null) && status=$(cat "/proc/$pid/status" 2>/dev/null) &&
+    [[ $status == Name:[[:space:]]@(slurm|mung)* && $status != *State:[[:space:]]Z* ]]
+}
+
+owner() { cat /sys/class/net/$tag-br/ifalias 2>/dev/null || true; }  # directory of the cluster whose nodes are up
 
 end() {  # ends the daemon whose pid file this is, and waits for it
   alive "$1" || { rm -f "$1"; return 0; }
   local pid; pid=$(cat "$1")
   kill "$pid" 2>/dev/null || true
-  for _ in {1..50}; do kill -0 "$pid" 2>/dev/null || break; sleep 0.1; done
+  for _ in {1..50}; do alive "$1" || break; sleep 0.1; done
   kill -9 "$pid" 2>/dev/null || true
   rm -f "$1"
 }
@@ -36,19 +42,20 @@ link)
   if [[ $4 == up ]] && alive "$dir/slurmd.n$3.pid"; then kill -HUP "$(cat "$dir/slurmd.n$3.pid")"; fi
   exit ;;
 down)
-  [[ -d $dir ]] || exit 0
   if alive "$dir/slurmctld.pid"; then
     SLURM_CONF=$conf timeout 20 scancel --user="$(id -un)" --full --signal=KILL 2>/dev/null || true
     SLURM_CONF=$conf timeout 20 scancel --user="$(id -un)" 2>/dev/null || true
     for _ in {1..30}; do [[ -z $(SLURM_CONF=$conf timeout 5 squeue -h 2>/dev/null) ]] && break; sleep 0.5; done
   fi
   for f in "$dir"/slurmd.*.pid "$dir/slurmctld.pid"; do end "$f"; done
-  for space in $(ip netns list | awk -v tag="$tag-n" 'index($1, tag) == 1 {print $1}'); do
-    for pid in $(ip netns pids "$space"); do kill -9 "$pid" 2>/dev/null || true; done  # what a lost job left behind
-    ip link del "${space/-n/-v}" 2>/dev/null || true
-    ip netns del "$space"
-  done
-  ip link del $tag-br 2>/dev/null || true
+  if [[ $(owner) == "$dir" ]]; then
+    for space in $(ip netns list | awk -v tag="$tag-n" 'index($1, tag) == 1 {print $1}'); do
+      for pid in $(ip netns pids "$space"); do kill -9 "$pid" 2>/dev/null || true; done  # what a lost job left behind
+      ip link del "${space/-n/-v}" 2>/dev/null || true
+      ip netns del "$space"
+    done
+    ip link del $tag-br
+  fi
   end "$dir/munged.pid"
   mountpoint -q "$dir/small" && umount -l "$dir/small"
   exit 0 ;;
@@ -62,11 +69,18 @@ for tool in slurmctld slurmd sbatch munged ip unshare; do
   command -v $tool >/dev/null || { echo "cluster.sh: $tool is missing (apt-get install slurm-wlm munge iproute2)" >&2; exit 3; }
 done
 [[ $(id -u) == 0 ]] || { echo "cluster.sh: needs root for network namespaces" >&2; exit 3; }
-ip netns add $tag-probe 2>/dev/null || { echo "cluster.sh: this machine allows no network namespaces" >&2; exit 3; }
-ip netns del $tag-probe
-if ip link show $tag-br >/dev/null 2>&1; then
-  echo "cluster.sh: $tag-br exists: another cluster is up; take it down first: cluster.sh down ITS_DIR" >&2; exit 4
+probe() {  # what a node needs: a link, a host name and mounts of its own
+  ip link add $tag-probe type bridge && ip link del $tag-probe && ip netns add $tag-probe &&
+    ip netns exec $tag-probe unshare -u -m bash -c 'hostname probe && mount -t cgroup2 none /sys/fs/cgroup'
+}
+why=$(probe 2>&1) && can=yes || can=no
+ip netns del $tag-probe 2>/dev/null || true
+[[ $can == yes ]] || { echo "cluster.sh: this machine allows no network namespaces with mounts: $why" >&2; exit 3; }
+other=$(owner)
+if [[ -n $other ]] && alive "$other/slurmctld.pid"; then
+  echo "cluster.sh: another cluster is up; take it down first: $0 down $other" >&2; exit 4
 fi
+[[ -z $other ]] || "$0" down "$other"  # what is left of one that was killed
 
 trap 'code=$?; [[ $code == 0 ]] || { "$0" down "$dir"; echo "cluster.sh: up failed; logs in $dir" >&2; }' EXIT
 mkdir -p "$dir"/{etc,state,small}
@@ -75,6 +89,7 @@ mkdir -p "$dir/state"
 chmod 755 "$dir"
 mount -t tmpfs -o size=48m tmpfs "$dir/small"
 ip link add $tag-br type bridge
+ip link set $tag-br alias "$dir"
 ip addr add $net.1/24 dev $tag-br
 ip link set $tag-br up
 printf '127.0.0.1 localhost\n%s.1 %s\n' $net "$(hostname)" >"$dir/etc/hosts"

@@ -1,13 +1,15 @@
 #!/bin/bash
-# Installs what cluster.sh needs, where it is missing and this machine allows it; says so and succeeds otherwise: the
-# tests then skip with the reason.
+# Installs what cluster.sh needs where it is missing. Exit code 3, with the reason on standard output, where this machine
+# does not allow it.
 set -uo pipefail
 export PATH=$PATH:/usr/sbin:/sbin
 missing=
 for tool in slurmctld slurmd munged ip tc; do command -v $tool >/dev/null || missing+=" $tool"; done
 [[ -z $missing ]] && exit 0
-[[ $(id -u) == 0 ]] || { echo "install.sh:$missing missing, and installing needs root: tests/slurm will be skipped"; exit 0; }
-command -v apt-get >/dev/null || { echo "install.sh:$missing missing, and there is no apt-get: tests/slurm will be skipped"; exit 0; }
-apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq slurm-wlm munge iproute2 >/dev/null ||
-  echo "install.sh: apt-get could not install slurm-wlm, munge and iproute2: tests/slurm will be skipped"
-exit 0
+[[ $(id -u) == 0 ]] || { echo "$missing: missing, and installing needs root"; exit 3; }
+command -v apt-get >/dev/null || { echo "$missing: missing, and there is no apt-get"; exit 3; }
+quick=(-qq -o Acquire::Retries=1 -o Acquire::http::Timeout=20 -o Acquire::https::Timeout=20)
+if apt-get "${quick[@]}" update >&2 &&
+  DEBIAN_FRONTEND=noninteractive apt-get "${quick[@]}" install -y slurm-wlm munge iproute2 >&2; then exit 0; fi
+echo "apt-get could not install slurm-wlm, munge and iproute2 ($missing: missing)"
+exit 3
