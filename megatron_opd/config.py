@@ -272,7 +272,13 @@ class LossConfig(_Section):
     jsd_beta: Fraction = 0.5
     """Interpolation of generalized_jsd: towards 0 the forward, towards 1 the reverse KL."""
     chunk_tokens: Positive = 1024
-    """Tokens whose logits are held in fp32 at once."""
+    """Tokens whose logits are held in fp32 at once; with `fused_head`, whose logits exist at all."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What works on logits. auto: Triton on a GPU, torch on the CPU. torch: torch everywhere. triton: Triton
+    everywhere; on the CPU that is its interpreter, TRITON_INTERPRET=1, for tests."""
+    fused_head: bool = False
+    """Student's output layer and loss in one, in chunks of `chunk_tokens`, so that a row's logits are never whole: the
+    memory of long rows. For topk_reverse_kl and sampled_reverse_kl with score.mode: separate."""
 
 
 class ScoreConfig(_Section):
@@ -490,6 +496,16 @@ class Config(_Section):
         if self.loss.kind in full_vocabulary and self.score.mode != "fused":
             problems.append(
                 f"loss.kind: {self.loss.kind} reads the teacher's whole distribution; set score.mode: fused"
+            )
+        if self.loss.fused_head and self.loss.kind in full_vocabulary:
+            problems.append(
+                f"loss.fused_head: true works with loss.kind: topk_reverse_kl or sampled_reverse_kl; {self.loss.kind} "
+                "reads whole logits: set loss.fused_head: false"
+            )
+        if self.loss.fused_head and self.score.mode == "fused":
+            problems.append(
+                "loss.fused_head: true works with score.mode: separate; fused scoring compares whole logits of both "
+                "models: set loss.fused_head: false"
             )
         names = [s.name for s in self.eval.sets]
         if len(set(names)) != len(names):

@@ -2,11 +2,13 @@
 
 from megatron_opd.losses.full import full_vocabulary_loss
 from megatron_opd.losses.gathered import candidate_terms, sampled_reverse_kl, student_logprobs, topk_reverse_kl
+from megatron_opd.losses.head import FUSED_KINDS, head_loss
 from megatron_opd.losses.registry import LOSSES, DistillTargets, Loss, get_loss, global_token_count
 from megatron_opd.losses.topk import vocab_parallel_topk
 from megatron_opd.losses.vocab_parallel import vocab_parallel_logprobs
 
 __all__ = [
+    "FUSED_KINDS",
     "LOSSES",
     "DistillTargets",
     "Loss",
@@ -14,6 +16,7 @@ __all__ = [
     "full_vocabulary_loss",
     "get_loss",
     "global_token_count",
+    "head_loss",
     "sampled_reverse_kl",
     "student_logprobs",
     "topk_reverse_kl",

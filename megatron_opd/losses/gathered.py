@@ -31,6 +31,16 @@ def candidate_terms(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tenso
     return torch.where(w == 0, 0.0, w * (student_logprobs - teacher_logprobs))
 
 
+def weighted_terms(student_logprobs: Tensor, teacher_logprobs: Tensor, weight: Tensor) -> Tensor:
+    """c(v) of the module's docstring, [tokens, n]: its sum is the loss, and it is the derivative by each log-prob.
+
+    A pruned token, weight [tokens] 0, counts for nothing, even where its teacher log-probs were never filled in.
+    """
+    factor = weight.to(student_logprobs.dtype)[:, None]
+    terms = factor * candidate_terms(student_logprobs, teacher_logprobs.to(student_logprobs.dtype))
+    return torch.where(factor == 0, 0.0, terms)
+
+
 def check_rows(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
     if tuple(tensor.shape) != shape:
         raise ValueError(f"{name} must have the shape {list(shape)}, got {list(tensor.shape)}")
@@ -141,11 +151,7 @@ def topk_reverse_kl(
         chunk_tokens=chunk_tokens,
         inplace_backward=inplace_backward,
     )
-    constant = logprobs.detach()
-    factor = weight.detach().to(constant.dtype)[:, None]
-    terms = factor * candidate_terms(constant, teacher_logprobs.detach().to(constant.dtype))
-    # A pruned token counts for nothing, even where its teacher log-probs were never filled in.
-    return _Surrogate.apply(logprobs, torch.where(factor == 0, 0.0, terms))
+    return _Surrogate.apply(logprobs, weighted_terms(logprobs.detach(), teacher_logprobs.detach(), weight.detach()))
 
 
 def sampled_reverse_kl(

@@ -14,6 +14,7 @@ from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opd.config import Config, ConfigError, TrainConfig
+from megatron_opd.kernels import kernel_backend, set_kernels
 from megatron_opd.models.build import Model, build_model, check_layout
 from megatron_opd.models.platform import apply_cpu_platform, use_cpu
 from megatron_opd.models.specs import refuse_foreign_apex
@@ -41,6 +42,11 @@ def init_distributed(config: Config) -> torch.device:
     else:
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
+    try:
+        set_kernels(config.loss.kernels)
+        kernel_backend(device)
+    except RuntimeError as error:
+        raise ConfigError(str(error)) from None
     if not dist.is_initialized():
         for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
             os.environ.setdefault(name, value)

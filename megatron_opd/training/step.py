@@ -17,7 +17,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.config import Config
-from megatron_opd.losses import get_loss, student_logprobs, vocab_parallel_logprobs
+from megatron_opd.losses import get_loss, head_loss, student_logprobs, vocab_parallel_logprobs
+from megatron_opd.models.headless import head_weight, without_head
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.scoring.fused import FusedTeacher
 from megatron_opd.training.microbatch import MicroBatch, build_microbatch, plan_training
@@ -77,7 +78,8 @@ class TrainingStep:
         fused = self.fused
         multiple = fused.row_multiple if fused else 1
         built = [build_microbatch(student, batch, members, config.loss.jsd_beta, multiple) for members in plan]
-        with self.trainer.teacher.resident() if fused else nullcontext():
+        resident = self.trainer.teacher.resident() if fused else nullcontext()
+        with resident, without_head(student) if config.loss.fused_head else nullcontext():
             collected = run_schedule(
                 lambda iterator, chunk: self._forward(iterator, chunk, batch.response_tokens),
                 self.trainer.ddp,
@@ -108,11 +110,21 @@ class TrainingStep:
         return out, lambda output: self._loss(output[0], micro, denominator, teacher_logits)
 
     def _loss(
-        self, logits: Tensor, micro: MicroBatch, denominator: int, teacher_logits: Tensor | None = None
+        self, output: Tensor, micro: MicroBatch, denominator: int, teacher_logits: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """logits [T, vocab / tp] -> loss, a token count of zero (the division is done here) and the step's sums."""
+        """The model's output [T, ...] -> loss, a token count of zero (the division is done here), the step's sums."""
+        part = torch.zeros(5, dtype=torch.float64, device=output.device)
+        if self.config.loss.fused_head:
+            total = self._loss_of_hidden(output, micro, part)
+        else:
+            total = self._loss_of_logits(output, micro, part, teacher_logits)
+        loss = total / denominator
+        part[0] = loss.detach().double()
+        return loss, torch.zeros((), dtype=torch.int, device=output.device), part
+
+    def _loss_of_logits(self, logits: Tensor, micro: MicroBatch, part: Tensor, teacher_logits: Tensor | None) -> Tensor:
+        """logits [T, vocab / tp] -> the loss, summed over the row."""
         student, group = self.trainer.student, self.trainer.student.layout.groups.tp
-        part = torch.zeros(5, dtype=torch.float64, device=logits.device)
         weight, targets = micro.weight, micro.targets
         if teacher_logits is not None:
             assert self.fused is not None
@@ -120,17 +132,11 @@ class TrainingStep:
             judged = self.fused.judge(logits.detach(), teacher_logits, sampled, micro.spans, micro.predicts, beta)
             weight, targets = judged.weight, judged.targets
         if self.measure_gap:
-            with torch.no_grad():
-                own = vocab_parallel_logprobs(logits.detach(), targets.sampled_ids[:, None], group, student.vocab_size)
-            difference = (own[:, 0] - micro.rollout_logprobs)[micro.predicts]
-            gap = difference.abs()
-            part[1], part[3] = gap.sum(), gap.numel()
-            part[2] = (gap > self.config.rollout.gap_threshold).sum()
-            part[4] = gap.max() if gap.numel() else 0.0
+            sampled = targets.sampled_ids[:, None]
+            own = vocab_parallel_logprobs(logits.detach(), sampled, group, student.vocab_size)[:, 0]
+            self._measure(own, micro, part)
             if self.config.rollout.importance_clip is not None:
-                ratio = torch.ones_like(weight)
-                ratio[micro.predicts] = difference.exp().clamp(max=self.config.rollout.importance_clip)
-                weight = weight * ratio
+                weight = weight * self._importance(own, micro, slice(None))
         total = self.loss(
             logits,
             targets.first(self.config.loss_k),
@@ -146,9 +152,40 @@ class TrainingStep:
                 chunk_tokens=self.config.loss.chunk_tokens,
             )  # fmt: skip
             total = total - (micro.advantage * own[:, 0]).sum()
-        loss = total / denominator
-        part[0] = loss.detach().double()
-        return loss, torch.zeros((), dtype=torch.int, device=logits.device), part
+        return total
+
+    def _loss_of_hidden(self, hidden: Tensor, micro: MicroBatch, part: Tensor) -> Tensor:
+        """hidden [T, hidden size], T / tp with sequence parallelism -> the loss, summed over the row."""
+        student, config = self.trainer.student, self.config
+        clipped = config.rollout.importance_clip is not None
+        total, own = head_loss(
+            config.loss.kind,
+            hidden,
+            head_weight(student),
+            micro.targets.first(config.loss_k),
+            micro.weight,
+            student.layout.groups.tp,
+            vocab_size=student.vocab_size,
+            sequence_parallel=student.config.sequence_parallel,
+            chunk_tokens=config.loss.chunk_tokens,
+            advantage=micro.advantage,
+            reweigh=(lambda own, rows: self._importance(own, micro, rows)) if clipped else None,
+        )
+        if self.measure_gap:
+            self._measure(own, micro, part)
+        return total
+
+    def _measure(self, own: Tensor, micro: MicroBatch, part: Tensor) -> None:
+        """Into `part`: how far the student's log-probs of the sampled tokens, `own` [T], are from the sampler's."""
+        gap = (own - micro.rollout_logprobs)[micro.predicts].abs()
+        part[1], part[3] = gap.sum(), gap.numel()
+        part[2] = (gap > self.config.rollout.gap_threshold).sum()
+        part[4] = gap.max() if gap.numel() else 0.0
+
+    def _importance(self, own: Tensor, micro: MicroBatch, rows: slice) -> Tensor:
+        """Truncated importance weights, trainer over sampler, of these rows; 1 where no response token is predicted."""
+        ratio = (own - micro.rollout_logprobs[rows]).exp().clamp(max=self.config.rollout.importance_clip)
+        return torch.where(micro.predicts[rows], ratio, 1.0)
 
     def _refuse(self, loss: float, norm: float) -> str:
         if not math.isfinite(loss):

@@ -38,6 +38,7 @@ class Case:
     distributed_optimizer: bool = False
     recompute: str = "none"
     scoring: str = "separate"
+    fused_head: bool = False
 
 
 # At this threshold about half of the positions are events; an answer is spent after 20 of them.
@@ -70,6 +71,7 @@ CASES |= {
     "fused pp2": Case("pp2", "pp2", model="qwen3_tied", settings=LIVE, scoring="fused", tokens=64),
     "fused tp2 pp2": Case("tp2_sp_pp2", "tp2_sp_pp2", settings=LIVE, scoring="fused"),
     "fused pp2 forward": Case("pp2", "pp2", settings=replace(LIVE, kind="forward_kl"), scoring="fused"),
+    "fused pp2 jsd": Case("pp2", "pp2", settings=replace(LIVE, kind="generalized_jsd"), scoring="fused"),
     "fused dp4 sampled": Case(
         "tp1", "tp1", settings=replace(LIVE, kind="sampled_reverse_kl"), scoring="fused", recompute="full"
     ),
@@ -101,7 +103,7 @@ def config_of(case: Case, directories: dict[str, str]) -> Config:
                     "recompute": case.recompute},
         "teacher": {"model": directories["teacher"], "precision": "fp32", "parallel": LAYOUTS[case.teacher]},
         "prune": {"k": s.k, "threshold": s.threshold, "w_drop": s.w_drop, "w_base": s.w_base, "cut": case.cut},
-        "loss": {"kind": s.kind, "chunk_tokens": 16},
+        "loss": {"kind": s.kind, "chunk_tokens": 16, "fused_head": case.fused_head},
         "score": {"mode": case.scoring},
         "train": {"lr": s.lr, "adam_beta1": s.beta1, "adam_beta2": s.beta2, "adam_eps": s.eps, "clip_grad": s.clip,
                   "weight_decay": s.weight_decay, "tokens_per_microbatch": case.tokens,
