@@ -77,12 +77,13 @@ class ModelConfig(_Section):
     """Parameters and activations. Sums, losses and optimizer state are fp32 either way."""
     fp8: Literal["hybrid", "e4m3"] | None = None
     """Transformer Engine FP8 for the linear layers; null for none. Needs a GPU that has it."""
-    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "delayed"
-    """How FP8 scales are found. mxfp8 needs Blackwell."""
+    fp8_recipe: Literal["delayed", "tensorwise", "blockwise", "mxfp8"] = "tensorwise"
+    """How FP8 scales are found. tensorwise and blockwise (Hopper, CUDA 12.9) look at the values themselves, delayed at
+    those of earlier training passes, hence for the student alone. mxfp8 needs Blackwell."""
     fp8_params: bool = False
-    """Keep parameters in FP8 and gather them in FP8."""
+    """Keep parameters in FP8 and gather them in FP8. The student needs train.distributed_optimizer."""
     fp8_bf16_ends: int = Field(default=0, ge=0)
-    """Number of layers at each end of the model that stay in bf16."""
+    """Number of layers at each end of the model that stay in bf16. Not with fp8_recipe: delayed."""
     implementation: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer implementation. auto: Transformer Engine on GPUs (an error if it is missing), local without a GPU."""
     recompute: Literal["none", "selective", "full"] = "none"
@@ -98,6 +99,13 @@ class ModelConfig(_Section):
             raise ValueError(f"fp8: {self.fp8} needs implementation: transformer_engine")
         if self.fp8_params and not self.fp8:
             raise ValueError("fp8_params: true needs fp8: hybrid or e4m3")
+        if self.fp8_bf16_ends and not self.fp8:
+            raise ValueError(f"fp8_bf16_ends: {self.fp8_bf16_ends} needs fp8: hybrid or e4m3")
+        if self.fp8_bf16_ends and self.fp8_recipe == "delayed":
+            raise ValueError(
+                f"fp8_bf16_ends: {self.fp8_bf16_ends} cannot be had with fp8_recipe: delayed, whose scales are updated "
+                "for all layers together; set fp8_recipe: tensorwise"
+            )
         return self
 
 
@@ -109,6 +117,13 @@ class TeacherConfig(ModelConfig):
     def _check_teacher(self) -> TeacherConfig:
         if self.parallel.virtual_pipeline > 1:
             raise ValueError("virtual_pipeline is for the student: the teacher runs forward only")
+        if self.fp8 and self.fp8_recipe == "delayed":
+            raise ValueError(
+                "fp8_recipe: delayed takes its scales from training passes, and the teacher has none; set fp8_recipe: "
+                "tensorwise or blockwise"
+            )
+        if self.fp8_params and self.offload:
+            raise ValueError("fp8_params: true cannot be moved to host memory; set offload: false or fp8_params: false")
         return self
 
 
@@ -481,6 +496,13 @@ class Config(_Section):
     @model_validator(mode="after")
     def _check(self) -> Config:
         problems = []
+        if self.student.fp8_params and not self.train.distributed_optimizer:
+            problems.append("student.fp8_params: true needs train.distributed_optimizer: true, which gathers them")
+        if self.student.fp8_params and self.student.fp8_recipe == "mxfp8":
+            problems.append(
+                "student.fp8_params: true is not supported with fp8_recipe: mxfp8; set fp8_params: false or another "
+                "recipe"
+            )
         if self.score.mode == "fused":
             if self.student.parallel != self.teacher.parallel:
                 problems.append("score.mode: fused needs student.parallel and teacher.parallel to be equal")

@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 
 from megatron_opd.config import ConfigError, ModelConfig
 from megatron_opd.models.bridge import load_bridge
+from megatron_opd.models.fp8 import drop_weight_copies, learn_scales, shape_problems, token_block
 from megatron_opd.models.packed import PackedRotary, PackedRow, pack_row
 from megatron_opd.models.parameters import WHOLE, local_parameters
 from megatron_opd.models.specs import block_spec, use_transformer_engine
@@ -48,6 +49,7 @@ class Model:
         finally:
             if self.offload:
                 self.move(torch.device("cpu"))
+                drop_weight_copies(self.chunks)
                 torch.cuda.empty_cache()
 
     def move(self, device: torch.device) -> None:
@@ -56,10 +58,10 @@ class Model:
 
     @property
     def row_multiple(self) -> int:
-        """Rows are padded to a multiple of this: sequence parallelism splits them evenly, FP8 wants blocks of 16."""
+        """Rows are padded to a multiple of this: sequence parallelism splits them evenly, FP8 wants whole blocks."""
         split = self.layout.parallel.tensor if self.config.sequence_parallel else 1
         split *= 2 * self.layout.parallel.context if self.layout.parallel.context > 1 else 1
-        return math.lcm(split, 16 * split if self.config.fp8 else 1)
+        return split * token_block(self.config)
 
     def row(self, lengths: list[int], multiple: int = 1) -> tuple[PackedRow, int]:
         """A row of whole sequences for this model (this rank's part under context parallelism, where each sequence is
@@ -115,6 +117,7 @@ def check_layout(name: str, model: ModelConfig, world_size: int | None = None) -
             f"{name}.parallel.pipeline: {parallel.pipeline} (x virtual_pipeline {parallel.virtual_pipeline}) does not "
             f"divide the {hf['num_hidden_layers']} layers"
         )
+    problems += shape_problems(name, model, hf)
     experts = hf.get("num_experts") or hf.get("num_local_experts")  # transformers 4 and 5
     if parallel.expert > 1 and (not experts or experts % parallel.expert):
         problems.append(f"{name}.parallel.expert: {parallel.expert} does not divide the {experts or 0} experts")
@@ -163,7 +166,10 @@ def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.dev
     mark_sharded(chunks, bridge, groups)
     if weights:
         load_model_weights(chunks, model.model, bridge, groups, allow_pickle=model.allow_pickle)
-    return Model(name, chunks, config, layout, bridge, vocab_size, padded, device, transformer_engine)
+    built = Model(name, chunks, config, layout, bridge, vocab_size, padded, device, transformer_engine)
+    if model.fp8 and model.fp8_recipe == "delayed":
+        learn_scales(built)
+    return built
 
 
 def mark_sharded(chunks: list[GPTModel], bridge: Any, groups: Any) -> None:

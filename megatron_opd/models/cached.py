@@ -11,6 +11,7 @@ from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_opd.models.build import Model
+from megatron_opd.models.fp8 import renew_weights, token_block
 from megatron_opd.models.packed import KVCache, PackedRow, decode_row, prefill_row
 
 
@@ -37,12 +38,13 @@ class CachedForward:
     def __init__(self, model: Model, places: int) -> None:
         self.model = model
         self.cache = KVCache(places)
-        self._rows: Tensor | None = None
+        self._rows: Tensor | slice | None = None
 
     @contextmanager
     def session(self) -> Iterator[None]:
         """Evaluation mode, no gradients, sequence parallelism off (a decode step has too few tokens to split)."""
         chunks = self.model.chunks
+        renew_weights(chunks)  # an optimizer step may lie behind the last pass
         training = [chunk.training for chunk in chunks]
         sequence = self.model.config.sequence_parallel
         hooks = [
@@ -77,12 +79,15 @@ class CachedForward:
             On the last stage the logits [R, vocab / tp] of the tokens named by `rows` [R] (all where None); None
             elsewhere.
         """
-        row = prefill_row(lengths, starts, places, self.cache, self.model.device)
+        row = prefill_row(lengths, starts, places, self.cache, self.model.device, self._padding(tokens))
         return self._forward(tokens, row, rows)
 
     def decode(self, tokens: Tensor, cached_length: Tensor) -> Tensor | None:
         """Runs one token [B] for each sequence at places 0..B-1, whose lengths [B] count it -> [B, vocab / tp]."""
-        return self._forward(tokens, decode_row(cached_length, self.cache), None)
+        return self._forward(tokens, decode_row(cached_length, self.cache, self._padding(tokens)), None)
+
+    def _padding(self, tokens: Tensor) -> int:
+        return -tokens.numel() % token_block(self.model.config)
 
     def _select(self, module, args, kwargs):
         """Before the output layer: only the hidden states whose logits are wanted."""
@@ -91,8 +96,11 @@ class CachedForward:
         hidden, *rest = args
         return (hidden[self._rows], *rest), kwargs
 
-    def _forward(self, tokens: Tensor, row: PackedRow, rows: Tensor | None) -> Tensor | None:
+    def _forward(self, tokens: Tensor, row: PackedRow, rows: Tensor | slice | None) -> Tensor | None:
         model, pp = self.model, self.model.layout.groups.pp
+        if row.padding:
+            rows = slice(tokens.numel()) if rows is None else rows
+            tokens = torch.nn.functional.pad(tokens, (0, row.padding))
         size, rank = pp.size(), pp.rank()
         following = dist.get_global_rank(pp, (rank + 1) % size)
         previous = dist.get_global_rank(pp, (rank - 1) % size)

@@ -52,10 +52,12 @@ from megatron_opd.models.parameters import (
     WHOLE,
     Parameter,
     all_gather,
+    fill,
     local_parameters,
     tensor_group,
     together,
     values,
+    writable,
 )
 
 MANIFEST = "megatron_opd.json"
@@ -150,8 +152,7 @@ def load_converted(
         if manifest["model_type"] != family:
             raise ModelFileError(f"{directory}: {MANIFEST} says {manifest['model_type']}, config.json {family}")
     parameters = local_parameters(chunks, bridge, groups)
-    # An FP8 parameter is filled through a plain tensor; all others receive what is read directly.
-    targets = [(p, t if values(t) is t else torch.empty(p.shape, dtype=p.dtype)) for p, t in parameters]
+    targets = [(p, writable(p, t)) for p, t in parameters]
     checkpoint_dir = Path(directory, CHECKPOINT)
     with together():
         entries = sharded_entries(targets, bridge, groups, loading=True)
@@ -163,8 +164,7 @@ def load_converted(
         if parameter.split == VOCAB:
             first = groups.tp.rank() * tensor.shape[0]
             target[max(0, bridge.vocab_size - first) :].zero_()
-        if target is not tensor:
-            tensor.copy_(target)
+        fill(tensor, target)
 
 
 def root_cause(error: BaseException) -> str:

@@ -20,6 +20,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.module import MegatronModule
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
+from torch.nn.functional import pad as zero_pad
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
@@ -72,6 +73,7 @@ class PackedRow(PackedSeqParams):
     cache: KVCache | None = None
     places: list[int] = field(default_factory=list)  # cache place of each sequence
     starts: list[int] = field(default_factory=list)  # position of each sequence's first token in this row
+    padding: int = 0  # tokens at the row's end that belong to no sequence: FP8 wants whole blocks; with a cache only
     cached_length: Tensor | None = None  # decode: [B] int64 lengths, this row's token included, at places 0..B-1
     _keep: Tensor | None = None  # decode: [B, 1, 1, longest] bool, which cached positions a token may see
     _held: Tensor | None = None  # [T / cp] int64, places in the row of the tokens that this rank holds
@@ -120,24 +122,26 @@ def pack_row(lengths: list[int], device: torch.device, thd: bool, context: tuple
     )
 
 
-def prefill_row(lengths: list[int], starts: list[int], places: list[int], cache: KVCache, device: torch.device):
+def prefill_row(
+    lengths: list[int], starts: list[int], places: list[int], cache: KVCache, device: torch.device, padding: int = 0
+) -> PackedRow:
     """A row whose tokens continue cached sequences (or begin them, start 0) at the given places."""
     longest = max(s + n for s, n in zip(starts, lengths))
     cache.reserve(longest)
     positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)])
     return PackedRow(
-        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, positions=positions.to(device),
-        lengths=lengths, cache=cache, places=places, starts=starts,
+        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths, cache=cache,
+        positions=zero_pad(positions, (0, padding)).to(device), places=places, starts=starts, padding=padding,
     )  # fmt: skip
 
 
-def decode_row(cached_length: Tensor, cache: KVCache) -> PackedRow:
+def decode_row(cached_length: Tensor, cache: KVCache, padding: int = 0) -> PackedRow:
     """One new token for each of the sequences at places 0..B-1; `cached_length` [B] counts it."""
     longest = int(cached_length.max())
     cache.reserve(longest)
     return PackedRow(
-        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, positions=cached_length - 1,
-        cache=cache, cached_length=cached_length,
+        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest,
+        positions=zero_pad(cached_length - 1, (0, padding)), cache=cache, cached_length=cached_length, padding=padding,
     )  # fmt: skip
 
 
@@ -199,7 +203,8 @@ class PackedAttention(MegatronModule):
         [T / cp, 1, heads / tp * head dim]."""
         row = packed_seq_params
         assert isinstance(row, PackedRow), "PackedAttention runs on packed rows"
-        query, key, value = (x.view(x.shape[0], x.shape[-2], x.shape[-1]) for x in (query, key, value))
+        tokens = query.shape[0] - row.padding
+        query, key, value = (x.view(x.shape[0], x.shape[-2], x.shape[-1])[:tokens] for x in (query, key, value))
         if row.context[1] > 1:
             out = self._part(query, key, value, row)
         elif row.cache is None:
@@ -208,7 +213,8 @@ class PackedAttention(MegatronModule):
             out = self._prefill(query, key, value, row)
         else:
             out = self._decode(query, key, value, row)
-        return out.reshape(out.shape[0], 1, -1)
+        out = out.reshape(tokens, 1, -1)
+        return zero_pad(out, (0, 0, 0, 0, 0, row.padding)) if row.padding else out
 
     def _attend(self, query: Tensor, key: Tensor, value: Tensor, past: int = 0) -> Tensor:
         """query [s, h, d], key and value [past + s, g, d] -> [s, h, d]"""
@@ -279,9 +285,9 @@ class PackedAttention(MegatronModule):
         keys, values = row.cache.layer(self.layer_number, key)
         batch, heads, dim = query.shape
         kv_heads = key.shape[1]
-        which = torch.arange(batch, device=query.device)
-        keys[which, :, row.positions] = key
-        values[which, :, row.positions] = value
+        which, positions = torch.arange(batch, device=query.device), row.positions[:batch]
+        keys[which, :, positions] = key
+        values[which, :, positions] = value
         mask = row.keep_mask()
         longest = mask.shape[-1]
         # A group's query heads stand where a longer query would: no key is copied per head.

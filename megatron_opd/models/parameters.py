@@ -60,13 +60,33 @@ def local_parameters(
             dtype = torch.bfloat16 if is_float8tensor(tensor) else tensor.dtype
             is_expert = ".mlp.experts." in name
             parameter = Parameter(name, _split(name), tuple(tensor.shape), dtype, is_expert, is_copy)
-            found.append((parameter, tensor.detach()))
+            # Detached, an FP8 parameter would be another object with caches of its own.
+            found.append((parameter, tensor if is_float8tensor(tensor) else tensor.detach()))
     return found
 
 
 def values(tensor: Tensor) -> Tensor:
     """A parameter's values: itself, or bf16 values of an FP8 one."""
-    return dequantize_fp8_tensor(tensor) if is_float8tensor(tensor) else tensor
+    return dequantize_fp8_tensor(tensor).detach() if is_float8tensor(tensor) else tensor
+
+
+def writable(parameter: Parameter, tensor: Tensor) -> Tensor:
+    """What can be filled piece by piece for a parameter: itself, or a plain tensor that `fill` then takes."""
+    return torch.empty(parameter.shape, dtype=parameter.dtype) if is_float8tensor(tensor) else tensor
+
+
+def fill(tensor: Tensor, source: Tensor) -> None:
+    """Gives an FP8 parameter its values: all at once, since they share scales. Nothing to do for `source` itself.
+
+    Where the parameter still keeps the values that it was made from, for the optimizer's fp32 copy, those are filled,
+    too: that copy starts from the exact values."""
+    if source is tensor:
+        return
+    tensor.copy_(source)
+    keeps = getattr(tensor, "get_high_precision_init_val", None)
+    initial = keeps() if keeps is not None else None
+    if initial is not None:
+        initial.copy_(source)
 
 
 def tensor_group(parameter: Parameter, groups: ProcessGroupCollection) -> dist.ProcessGroup:

@@ -12,6 +12,7 @@ from megatron.core.transformer.transformer_block import TransformerBlockSubmodul
 from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.config import ConfigError, ModelConfig
+from megatron_opd.models.fp8 import check_fp8
 from megatron_opd.models.packed import PackedAttention, PackedRow
 
 
@@ -43,6 +44,7 @@ def use_transformer_engine(name: str, model: ModelConfig, cpu: bool) -> bool:
             f"{name}.implementation: {model.implementation} needs the package transformer-engine, which is not "
             "installed; pip install 'megatron_opd[gpu]' or set implementation: local"
         )
+    check_fp8(name, model, torch.cuda.get_device_capability(), torch.version.cuda)
     return True
 
 
@@ -97,8 +99,9 @@ def _with_cache(core: type | ModuleSpec) -> type:
             super().__init__(*args, **kwargs)
             config = kwargs.get("config") or args[0]
             number = kwargs.get("layer_number") or args[1]
+            scale = kwargs.get("softmax_scale")
             # Not a submodule: it has no parameters, and checkpoints must not know it.
-            self.__dict__["cached"] = PackedAttention(config, number, None, "self")
+            self.__dict__["cached"] = PackedAttention(config, number, None, "self", softmax_scale=scale)
 
         def forward(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
             if isinstance(packed_seq_params, PackedRow) and packed_seq_params.qkv_format == "sbhd":

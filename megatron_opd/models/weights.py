@@ -22,12 +22,14 @@ from megatron_opd.models.parameters import (
     Parameter,
     all_gather,
     expert_on,
+    fill,
     hf_shapes,
     local_parameters,
     model_names,
     tensor_group,
     together,
     values,
+    writable,
 )
 
 _READ_BYTES = 16 << 20  # tensors are read in blocks of rows of about this size where no merging needs more
@@ -73,7 +75,9 @@ def load_hf_weights(
     with together(), HFTensors(hf_dir, allow_pickle) as files:
         check_names(files, names, bridge)
         for parameter, tensor in parameters:
-            _load(parameter, tensor, files, bridge, groups)
+            target = writable(parameter, tensor)
+            _load(parameter, target, files, bridge, groups)
+            fill(tensor, target)
             if progress is not None:
                 progress(parameter.local_bytes)
 

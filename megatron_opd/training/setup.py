@@ -16,6 +16,7 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_opd.config import Config, ConfigError, TrainConfig
 from megatron_opd.kernels import kernel_backend, set_kernels
 from megatron_opd.models.build import Model, build_model, check_layout
+from megatron_opd.models.fp8 import fuse_gradient_accumulation
 from megatron_opd.models.platform import apply_cpu_platform, use_cpu
 from megatron_opd.models.specs import refuse_foreign_apex
 from megatron_opd.parallel.groups import student_layout, teacher_layout
@@ -87,6 +88,7 @@ def wrap_ddp(student: Model, train: TrainConfig) -> list[torch.nn.Module]:
         overlap_grad_reduce=False,  # replicas run different numbers of micro-batches
         use_distributed_optimizer=train.distributed_optimizer,
         check_for_nan_in_grad=False,  # checked once a step, where the step can be skipped
+        fp8_param_gather=bool(student.config.fp8_param),
     )
     ddp: list[torch.nn.Module] = [
         DistributedDataParallel(
@@ -95,11 +97,13 @@ def wrap_ddp(student: Model, train: TrainConfig) -> list[torch.nn.Module]:
         for number, chunk in enumerate(student.chunks)
     ]
     student.config.finalize_model_grads_func = finalize_model_grads
+    if student.device.type == "cuda":
+        fuse_gradient_accumulation(student.chunks)
     return ddp
 
 
 def build_optimizer(student: Model, ddp: list[torch.nn.Module], train: TrainConfig) -> Any:
-    """Megatron-Core's AdamW with fp32 main parameters."""
+    """Megatron-Core's AdamW with fp32 main parameters; Transformer Engine's or apex's kernel where one is installed."""
     bf16 = student.config.params_dtype == torch.bfloat16
     settings = OptimizerConfig(
         optimizer="adam",
@@ -113,6 +117,7 @@ def build_optimizer(student: Model, ddp: list[torch.nn.Module], train: TrainConf
         bf16=bf16,
         params_dtype=student.config.params_dtype,
         use_distributed_optimizer=train.distributed_optimizer,
+        fp8_recipe=str(student.config.fp8_recipe) if student.config.fp8_param else None,
     )
     return get_megatron_optimizer(settings, ddp, use_gloo_process_groups=False)
 
