@@ -34,6 +34,9 @@ def main(arguments: list[str] | None = None) -> int:
                 "--variant", nargs="+", action="append", required=True, metavar=("NAME", "key=value"),
                 help="one of the runs: it writes to run_dir/NAME",
             )  # fmt: skip
+        if name == "doctor":
+            text = "measure instead what FP8 does to overlap and drift events"
+            command.add_argument("--fp8", action="store_true", help=text)
     commands.add_parser("keys", help="list every config key with its documentation")
     options, rest = parser.parse_known_args(arguments)
     unknown = [x for x in rest if x.startswith("-") or "=" not in x]
@@ -80,6 +83,10 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
         return guarded(lambda: compare(options.configs))
     if options.command == "doctor":
+        if options.fp8:
+            from megatron_opd.training.precision_shift import diagnose_fp8
+
+            return guarded(lambda: diagnose_fp8(config))
         from megatron_opd.training.doctor import diagnose
 
         return guarded(lambda: diagnose(config))

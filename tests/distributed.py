@@ -46,20 +46,24 @@ def _child(rank: int, world_size: int, port: int, folder: str, timeout: float, f
         os._exit(1)  # a failed collective can hang the interpreter's own shutdown
 
 
-def run_distributed(world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120) -> list[Any]:
+def run_distributed(
+    world_size: int, fn: Callable[..., Any], *args: Any, timeout: float = 120, start: str = "forkserver"
+) -> list[Any]:
     """Calls `fn(rank, world_size, *args)` in `world_size` gloo processes on this machine.
 
     `fn` is a module-level function; it, `args` and the return values must be picklable. The default process group
     exists when `fn` runs, and RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set as torchrun sets them.
     Processes may start processes of their own. The first call of a session costs seconds of imports; every process has
-    state of its own (patches, process groups), whatever ran before.
+    state of its own (patches, process groups), whatever ran before. With `start="spawn"` every process imports for
+    itself, at the price of seconds.
 
     Returns the ranks' return values in rank order. Raises RuntimeError with the traceback of the rank that failed
     first, or TimeoutError naming the ranks still running after `timeout` seconds.
     """
     store = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["tests.preload"])  # the server starts with the first call and imports it once
+    context = multiprocessing.get_context(start)
+    if start == "forkserver":
+        context.set_forkserver_preload(["tests.preload"])  # the server starts with the first call and imports it once
     packed = pickle.dumps(args)  # by value: multiprocessing would send each tensor as a file descriptor
     processes: list[Any] = []
     with tempfile.TemporaryDirectory() as folder:

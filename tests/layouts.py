@@ -42,7 +42,7 @@ LAYOUTS = {
 def student_model(directory: str | Path, layout: str, **extra) -> Iterator[Model]:
     """A student in Megatron-Core's global parallel state, which is gone afterwards: the next layout can follow."""
     with parallel_student(layout) as groups:
-        config = ModelConfig(model=str(directory), precision="fp32", parallel=LAYOUTS[layout], **extra)
+        config = ModelConfig(model=str(directory), parallel=LAYOUTS[layout], **{"precision": "fp32"} | extra)
         yield build_model("student", config, groups, CPU)
 
 

@@ -1,13 +1,14 @@
-"""The teacher's own forward pass, in its own layout, over packed whole sequences."""
+"""A model's forward pass over whole answers, packed, in its own layout; the teacher's scores come from it."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
 
 from megatron_opd.config import PruneConfig
+from megatron_opd.losses.topk import vocab_parallel_topk
 from megatron_opd.models.build import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.context import padded_length
@@ -21,11 +22,37 @@ from megatron_opd.types import Rollout, TeacherScores
 def score_rollouts(
     teacher: Model, rollouts: list[Rollout], prune: PruneConfig, tokens_per_microbatch: int
 ) -> list[TeacherScores]:
-    """Scores every response; collective over all ranks, the same result on each.
+    """Scores every response; collective over all ranks, the same result on each."""
+
+    def view(logits: Tensor, asked: Candidates) -> Fields:
+        return teacher_view(logits, asked, prune, teacher.vocab_size, teacher.layout.groups.tp)
+
+    return [to_scores(fields) for fields in read_rollouts(teacher, rollouts, view, tokens_per_microbatch)]
+
+
+def top_candidates(model: Model, rollouts: list[Rollout], k: int, tokens_per_microbatch: int) -> list[Tensor]:
+    """The model's own k most likely tokens at each response token, [T, k] int64 of each response. Collective."""
+
+    def view(logits: Tensor, asked: Candidates) -> Fields:
+        return {"ids": vocab_parallel_topk(logits, k, model.layout.groups.tp, model.vocab_size)[1]}
+
+    return [fields["ids"] for fields in read_rollouts(model, rollouts, view, tokens_per_microbatch)]
+
+
+def read_rollouts(
+    model: Model,
+    rollouts: list[Rollout],
+    view: Callable[[Tensor, Candidates], Fields],
+    tokens_per_microbatch: int,
+) -> list[Fields]:
+    """What `view` takes from the logits that predict each response; collective, the same result on every rank.
 
     The last token of a response is judged but never fed: its successor does not exist.
+
+    Args:
+        view: from logits [R, vocab / tp] of R response tokens, on the last stage, to fields of R rows each.
     """
-    layout = teacher.layout
+    layout = model.layout
     lengths = [len(r.prompt.tokens) + len(r) - 1 for r in rollouts]
     plan = plan_microbatches(
         [padded_length(n, layout.parallel.context) for n in lengths],
@@ -37,23 +64,23 @@ def score_rollouts(
     mine = plan.microbatches[layout.data_rank]
     owned: list[tuple[int, Fields]] = []
     if any(mine) or layout.parallel.expert > 1:
-        rows = [teacher.row([lengths[i] for i in batch] or [1]) for batch in mine]
+        rows = [model.row([lengths[i] for i in batch] or [1]) for batch in mine]
 
         def forward_step(iterator: Iterator[int], chunk: torch.nn.Module):
             number = next(iterator)
             members = [rollouts[i] for i in mine[number]]
             row, tokens = rows[number]
-            fed = row.take(_inputs(members, row, tokens)).to(teacher.device)
+            fed = row.take(_inputs(members, row, tokens)).to(model.device)
             logits = chunk(fed[None], None, None, packed_seq_params=row)
-            return logits, lambda output, non_loss_data: _collect(output[0], members, row, prune, teacher)
+            return logits, lambda output, non_loss_data: _collect(output[0], members, row, view)
 
-        for chunk in teacher.chunks:
+        for chunk in model.chunks:
             chunk.eval()
         with torch.no_grad():
             found = run_schedule(
                 forward_step,
-                teacher.chunks,
-                teacher.config,
+                model.chunks,
+                model.config,
                 layout,
                 range(len(mine)),
                 [tokens for _, tokens in rows],
@@ -63,7 +90,7 @@ def score_rollouts(
         if layout.is_last_stage:
             owned = [(i, fields) for batch, part in zip(mine, found) for i, fields in zip(batch, part)]
     answers = [(len(r.prompt.tokens), len(r)) for r in rollouts]
-    return [to_scores(fields) for fields in share_answers(owned, layout, teacher.device, answers)]
+    return share_answers(owned, layout, model.device, answers)
 
 
 def _inputs(rollouts: list[Rollout], row: PackedRow, tokens: int) -> Tensor:
@@ -78,9 +105,9 @@ def _inputs(rollouts: list[Rollout], row: PackedRow, tokens: int) -> Tensor:
 
 
 def _collect(
-    logits: Tensor, rollouts: list[Rollout], row: PackedRow, prune: PruneConfig, teacher: Model
+    logits: Tensor, rollouts: list[Rollout], row: PackedRow, view: Callable[[Tensor, Candidates], Fields]
 ) -> list[Fields]:
-    """The teacher's view of each response (of this rank's part of it), from logits [T / cp, vocab / tp] of a row."""
+    """The view of each response (of this rank's part of it), from logits [T / cp, vocab / tp] of a row."""
     if not rollouts:
         return []
     asked = Candidates.of(rollouts, device=logits.device)
@@ -94,18 +121,20 @@ def _collect(
     rows = (judged >= 0).nonzero()[:, 0]
     judged = judged[rows]
     asked = Candidates(asked.topk_ids[judged.to(logits.device)], asked.sampled[judged.to(logits.device)])
-    view = _rows_view(logits, rows.to(logits.device), asked, prune, teacher)
+    found = _rows_view(logits, rows.to(logits.device), asked, view)
     ends = torch.tensor([len(r) for r in rollouts]).cumsum(0)
     held = torch.bucketize(judged, ends, right=True).bincount(minlength=len(rollouts)).tolist()
-    split = {name: column.split(held) for name, column in view.items()}
+    split = {name: column.split(held) for name, column in found.items()}
     return [{name: parts[i].cpu() for name, parts in split.items()} for i in range(len(rollouts))]
 
 
-def _rows_view(logits: Tensor, rows: Tensor, asked: Candidates, prune: PruneConfig, teacher: Model) -> Fields:
+def _rows_view(
+    logits: Tensor, rows: Tensor, asked: Candidates, view: Callable[[Tensor, Candidates], Fields]
+) -> Fields:
     """In pieces, so that no second copy of the logits exists."""
     parts = []
     for start in range(0, max(len(rows), 1), 2048):
         part = slice(start, start + 2048)
         piece = Candidates(asked.topk_ids[part], asked.sampled[part])
-        parts.append(teacher_view(logits[rows[part]], piece, prune, teacher.vocab_size, teacher.layout.groups.tp))
+        parts.append(view(logits[rows[part]], piece))
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}

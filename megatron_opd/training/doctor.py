@@ -22,7 +22,7 @@ from megatron_opd.evaluation.verifiers import VerifierPool, reference_problems
 from megatron_opd.models.build import Model
 from megatron_opd.models.converted import is_converted
 from megatron_opd.prune import drift_events
-from megatron_opd.rollout.base import Request, Sampling
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.rollout.factory import make_engine
 from megatron_opd.rollout.reference import largest_difference
 from megatron_opd.scoring.separate import score_rollouts
@@ -204,13 +204,20 @@ def _sample_batch(doctor: Doctor) -> list[Rollout]:
         assert trainer is not None
         tokenizer = _need_tokenizer(doctor)
         engine = make_engine(config, trainer.student, set(tokenizer.eos_ids))
-        prompts = load_prompts(config.data, tokenizer).prompts[: min(16, config.train.prompts_per_step)]
-        sampling = Sampling(
-            max_tokens=min(512, config.prune.budget.maximum), temperature=config.rollout.temperature,
-            top_p=config.rollout.top_p, seed=config.train.seed, top_logprobs=config.candidates,
-        )  # fmt: skip
-        doctor.rollouts = engine.generate([Request(p, i) for i, p in enumerate(prompts)], sampling)
+        doctor.rollouts = sample_answers(config, engine, tokenizer, 16, 512)
     return doctor.rollouts
+
+
+def sample_answers(
+    config: Config, engine: RolloutEngine, tokenizer: Tokenizer, prompts: int, tokens: int
+) -> list[Rollout]:
+    """Answers of at most `tokens` tokens to the first `prompts` prompts of the data, sampled as the config says."""
+    chosen = load_prompts(config.data, tokenizer).prompts[: min(prompts, config.train.prompts_per_step)]
+    sampling = Sampling(
+        max_tokens=min(tokens, config.prune.budget.maximum), temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p, seed=config.train.seed, top_logprobs=config.candidates,
+    )  # fmt: skip
+    return engine.generate([Request(p, i) for i, p in enumerate(chosen)], sampling)
 
 
 def _self_distillation(doctor: Doctor) -> str:

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from torch.nn.functional import linear, scaled_dot_product_attention
+
 from transformer_engine.pytorch import distributed, fp8, router, tensor
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, Scale, fp8_autocast, fp8_model_init, rounded
 from transformer_engine.pytorch.tensor import QuantizedTensor, parameter
@@ -65,6 +66,8 @@ class _Base(torch.nn.Module):
 
 
 class Linear(_Base):
+    save_original_input = False
+
     def __init__(
         self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
         tp_size=1, init_method=None, bias=True, return_bias=False, params_dtype=None, parallel_mode=None, device="cuda",
@@ -141,7 +144,8 @@ class GroupedLinear(_Base):
         shape = out_features // (tp_size if parallel_mode == "column" else 1), in_features
         shape = shape if parallel_mode != "row" else (out_features, in_features // tp_size)
         for number in range(num_gemms):
-            setattr(self, f"weight{number}", parameter(torch.empty(shape, dtype=params_dtype, device=device).fill_(0.5)))
+            values = torch.empty(shape, dtype=params_dtype, device=device).fill_(0.5)
+            setattr(self, f"weight{number}", parameter(values))
 
     def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
         outs = []

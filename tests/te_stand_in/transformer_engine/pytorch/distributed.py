@@ -16,8 +16,8 @@ class CudaRNGStatesTracker:
         pass
 
 
-def checkpoint(function, *args, distribute_saved_activations=False, get_rng_state_tracker=None, tp_group=None, **kwargs):
-    return _checkpoint(function, *args, use_reentrant=False, **kwargs)
+def checkpoint(function, *args, distribute_saved_activations=False, get_rng_state_tracker=None, tp_group=None):
+    return _checkpoint(function, *args, use_reentrant=False)
 
 
 def activation_recompute_forward(*args, **kwargs):

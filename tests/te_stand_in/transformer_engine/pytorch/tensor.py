@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import MethodType
 
 import torch
+
 from transformer_engine.pytorch.fp8 import FP8GlobalStateManager, rounded
 
 

@@ -1,0 +1,282 @@
+"""Megatron-Core's Transformer Engine layers, on the stand-in of tests/te_stand_in: names, values, FP8's demands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from megatron_opd.config import ConfigError, ModelConfig, ParallelConfig, TeacherConfig
+from megatron_opd.models.build import Model, build_model, check_layout
+from megatron_opd.models.compare import difference, megatron_logits
+from megatron_opd.models.converted import save_converted
+from megatron_opd.models.fp8 import check_fp8, fuse_gradient_accumulation
+from megatron_opd.models.parameters import local_parameters, together, values
+from megatron_opd.models.weights import export_hf_weights
+from megatron_opd.parallel.groups import teacher_layout
+from megatron_opd.rollout.base import Request, Sampling
+from megatron_opd.rollout.megatron import MegatronEngine
+from megatron_opd.rollout.reference import own_logprobs
+from megatron_opd.types import Prompt
+from tests.layouts import destroy_groups, student_model
+from tests.models.tiny_families import VOCAB, make
+from tests.stand_in import with_stand_in
+from tests.tiny_run import Case, TinyRun, run_cases
+
+FAMILIES = ("qwen3", "qwen3_tied", "qwen2", "llama2", "qwen3_moe")
+TOKENS = torch.randint(VOCAB, (37,), generator=torch.Generator().manual_seed(1))
+CPU = torch.device("cpu")
+HYBRID = {"precision": "bf16", "fp8": "hybrid"}
+
+
+def load(directory: Path, parallel: dict | None = None, **values) -> Model:
+    """In groups of its own; Transformer Engine's layers unless `implementation` says otherwise."""
+    values = {"precision": "fp32", "implementation": "transformer_engine"} | values
+    config = ModelConfig(model=str(directory), parallel=ParallelConfig(**parallel or {}), **values)
+    return build_model("teacher", config, teacher_layout(config.parallel), CPU)
+
+
+def exported(model: Model) -> dict[str, torch.Tensor]:
+    return {name: t.clone() for name, t in export_hf_weights(model.chunks, model.bridge, model.layout.groups)}
+
+
+def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
+    return found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+# ---- in processes that have the stand-in
+
+
+def families(rank: int, world: int, root: Path) -> None:
+    """Logits, and both directions of the exchange with the local build, through the converted format."""
+    for family in FAMILIES:
+        wanted, logits = load_file(root / family / "model.safetensors"), torch.load(root / f"{family}.logits")
+        for parallel in ({"tensor": 2}, {"pipeline": 2}):
+            te = load(root / family, parallel)
+            names = {p.name for p, _ in local_parameters(te.chunks, te.bridge, te.layout.groups)}
+            assert any(name.endswith("linear_qkv.layer_norm_weight") for name in names)  # fused, so it is the TE build
+            assert not any("input_layernorm" in name for name in names)
+            with together():
+                assert equal(exported(te), wanted), family
+            assert difference(megatron_logits(te, TOKENS), logits).relative < 1e-5, family
+            if "pipeline" in parallel:
+                continue
+            save_converted(te.chunks, te.bridge, te.layout.groups, root / family, root / f"{family}@te")
+            local = load(root / f"{family}@te", {"pipeline": 2}, implementation="local")
+            with together():
+                assert equal(exported(local), wanted), family
+            save_converted(local.chunks, local.bridge, local.layout.groups, root / family, root / f"{family}@local")
+            with together():
+                assert equal(exported(load(root / f"{family}@local", parallel)), wanted), family
+        destroy_groups()
+    with student_model(root / "qwen3", "tp2_sp", implementation="transformer_engine") as student:
+        logits = torch.load(root / "qwen3.logits")
+        assert difference(megatron_logits(student, TOKENS), logits).relative < 1e-5
+
+
+def greedy(model: Model) -> list[list[int]]:
+    """Answers to three prompts, a number that is no whole block of FP8."""
+    engine = MegatronEngine(model, set(), 2)
+    prompts = [Prompt(i, "", [5 + i, 9, 11, 3][: 4 - i]) for i in range(3)]
+    answers = engine.generate([Request(p, i) for i, p in enumerate(prompts)], Sampling(12, temperature=0.0))
+    return [a.tokens.tolist() for a in answers]
+
+
+def generation(rank: int, world: int, root: Path) -> None:
+    directory = root / "wide"
+    for parallel in ({"tensor": 2}, {"pipeline": 2}):
+        assert greedy(load(directory, parallel)) == greedy(load(directory, parallel, implementation="local"))
+        model = load(directory, parallel, **HYBRID)
+        assert [len(a) for a in greedy(model)] == [12, 12, 12]
+        # What a cached pass gives is what a whole one gives, within the rounding that other shapes bring.
+        whole = megatron_logits(model, TOKENS[:-1]).log_softmax(-1).gather(1, TOKENS[1:, None])[:, 0]
+        assert float((own_logprobs(model, TOKENS.tolist()) - whole).abs().max()) < 0.15
+        renewed_after_an_update(model)
+    destroy_groups()
+
+
+def renewed_after_an_update(model: Model) -> None:
+    """An optimizer step changes parameters behind the layers' backs: generation must not run on the old ones."""
+    before = own_logprobs(model, TOKENS.tolist())
+    with torch.no_grad():
+        for chunk in model.chunks:
+            for layer in chunk.decoder.layers:
+                layer.mlp.linear_fc2.weight.mul_(-1)
+    after = own_logprobs(model, TOKENS.tolist())
+    assert float((after - before).abs().max()) > 0.1
+    for chunk in model.chunks:
+        for module in chunk.modules():
+            getattr(module, "_fp8_workspaces", {}).clear()
+    assert torch.equal(own_logprobs(model, TOKENS.tolist()), after)
+
+
+def recipes(rank: int, world: int, root: Path) -> None:
+    from transformer_engine.pytorch.fp8 import FP8GlobalStateManager as State
+
+    directory = root / "wide"
+    wanted = torch.load(root / "wide.logits")
+    plain = megatron_logits(load(directory, precision="bf16"), TOKENS)
+    exact = difference(plain, wanted).relative
+    names = {"tensorwise": "Float8CurrentScaling", "blockwise": "Float8BlockScaling", "mxfp8": "MXFP8BlockScaling"}
+    for recipe, name in names.items():
+        for ends in (0, 1):
+            model = load(directory, {"tensor": 2}, fp8_recipe=recipe, fp8_bf16_ends=ends, **HYBRID)
+            State.entered.clear()
+            found = difference(megatron_logits(model, TOKENS), wanted).relative
+            assert State.entered == [name] * (4 - 2 * ends), recipe  # one layer at each end stays in bf16
+            assert exact < found < 0.25, (recipe, ends, found)
+    with student_model(directory, "pp2", **HYBRID, fp8_recipe="delayed", implementation="transformer_engine") as model:
+        scales = [s.scale for s in State.scales]
+        assert len(scales) == 4 * 2 * 2 and 1.0 not in scales  # learned, of inputs and weights, before the first pass
+        assert difference(megatron_logits(model, TOKENS), wanted).relative < 0.25
+    destroy_groups()
+
+
+def fp8_parameters(rank: int, world: int, root: Path) -> None:
+    """Loaded whole: an FP8 parameter's values share a scale; the optimizer's copy starts from the exact ones."""
+    directory = root / "wide"
+    plain = load(directory, {"tensor": 2}, precision="bf16")
+    exact = {p.name: t for p, t in local_parameters(plain.chunks, plain.bridge, plain.layout.groups)}
+    save_converted(plain.chunks, plain.bridge, plain.layout.groups, directory, root / "wide@bf16")
+    for source in (directory, root / "wide@bf16"):
+        model = load(source, {"tensor": 2}, fp8_params=True, **HYBRID)
+        in_fp8 = 0
+        for p, tensor in local_parameters(model.chunks, model.bridge, model.layout.groups):
+            if values(tensor) is tensor:
+                assert torch.equal(tensor, exact[p.name]), p.name
+                continue
+            in_fp8 += 1
+            peak = float(exact[p.name].abs().max())
+            assert float((values(tensor) - exact[p.name]).abs().max()) < 0.04 * peak, p.name
+            assert torch.equal(tensor.get_high_precision_init_val(), exact[p.name]), p.name
+        assert in_fp8 == 4 * 4  # qkv, projection, fc1 and fc2 of each layer
+        assert all(t.dtype == torch.bfloat16 for t in exported(model).values())
+    destroy_groups()
+
+
+def everything(rank: int, world: int, root: Path) -> None:
+    for part in (families, generation, recipes, fp8_parameters):
+        part(rank, world, root)
+
+
+@pytest.fixture(scope="module")
+def root(tmp_path_factory) -> Path:
+    """A directory per family, in fp32, with transformers' logits beside it; `wide` fits FP8 at TP2."""
+    root = tmp_path_factory.mktemp("families")
+    for name in (*FAMILIES, "wide"):
+        make("qwen3", root / name, intermediate_size=64) if name == "wide" else make(name, root / name)
+        model = AutoModelForCausalLM.from_pretrained(root / name, dtype=torch.float32).eval()
+        with torch.no_grad():
+            torch.save(model(TOKENS[None]).logits[0], root / f"{name}.logits")
+    return root
+
+
+def test_the_transformer_engine_build(root):
+    with_stand_in(2, everything, root)
+
+
+TE = "student.implementation=transformer_engine"
+FP8 = (TE, "student.precision=bf16", "student.fp8=hybrid")
+
+
+def test_runs_move_between_the_builds_and_train_in_fp8(tmp_path):
+    """A run goes on in the other build as if nothing had happened; FP8 runs train beside their bf16 twin."""
+    run = TinyRun(tmp_path)
+    cases = [
+        Case("te", (TE, "train.steps=4")),
+        Case("local_after_te", ("train.steps=4",), resumes=("te", 2)),
+        Case("te_after_local", (TE, "train.steps=6"), resumes=("local_after_te", 4)),
+        Case("local", ("train.steps=6",)),
+        Case("bf16", (TE, "student.precision=bf16")),
+        Case("fp8", FP8),
+        Case("fp8_recomputed", (*FP8, "student.recompute=full", "prune.preset=in_flight")),
+        Case("delayed", (*FP8, "student.fp8_recipe=delayed")),
+    ]
+    for outcome in with_stand_in(2, run_cases, run.folder, cases, timeout=400)[0]:
+        assert not outcome.error, outcome.error
+    local = run.metrics(run.folder / "local")
+    for name, first, last in (("te", 0, 4), ("local_after_te", 2, 4), ("te_after_local", 4, 6)):
+        for ours, theirs in list(zip(run.metrics(run.folder / name), local))[first:last]:
+            assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4), name
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3), name
+    first = run.metrics(run.folder / "bf16")[0]
+    for name in ("fp8", "fp8_recomputed", "delayed"):
+        steps = run.metrics(run.folder / name)
+        assert len(steps) == 4 and not any("skipped" in s for s in steps), name
+        assert steps[0]["overlap_mean"] == pytest.approx(first["overlap_mean"], abs=0.15), name
+
+
+# ---- what cannot run is refused
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda", "message"),
+    [
+        ("tensorwise", (8, 0), "13.0", r"student.fp8: hybrid needs .* 8.9 .* this GPU has 8.0; set student.fp8: null"),
+        ("delayed", (8, 9), "12.0", r"student.fp8: hybrid on Ada needs CUDA 12.1, torch has 12.0"),
+        (
+            "blockwise",
+            (8, 9),
+            "13.0",
+            r"student.fp8_recipe: blockwise needs capability 9.0 .* set .*tensorwise",
+        ),
+        ("blockwise", (9, 0), "12.8", r"blockwise needs .* CUDA 12.9, .* torch CUDA 12.8; set .*tensorwise"),
+        ("mxfp8", (9, 0), "13.0", r"mxfp8 needs .* 10.x \(Blackwell\), this GPU has 9.0; .* tensorwise or blockwise"),
+        ("mxfp8", (12, 0), "13.0", r"mxfp8 needs .* this GPU has 12.0"),
+    ],
+)
+def test_fp8_where_the_gpu_lacks_it(recipe, capability, cuda, message):
+    with pytest.raises(ConfigError, match=message):
+        check_fp8("student", ModelConfig(model="/m", fp8="hybrid", fp8_recipe=recipe), capability, cuda)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "capability", "cuda"),
+    [("tensorwise", (8, 9), "12.4"), ("delayed", (9, 0), "12.0"), ("blockwise", (9, 0), "12.10"),
+     ("blockwise", (9, 0), "13.0"), ("mxfp8", (10, 0), "13.0")],
+)  # fmt: skip
+def test_fp8_where_the_gpu_has_it(recipe, capability, cuda):
+    check_fp8("student", ModelConfig(model="/m", fp8="hybrid", fp8_recipe=recipe), capability, cuda)
+    check_fp8("student", ModelConfig(model="/m"), (7, 0), None)
+
+
+def test_shapes_that_fp8_cannot_take(root):
+    narrow = ModelConfig(model=str(root / "qwen3"), fp8="hybrid", parallel=ParallelConfig(tensor=2))
+    with pytest.raises(ConfigError, match="student.fp8: hybrid .* multiples of 16, the FFN width is 24 on each of 2"):
+        check_layout("student", narrow)
+    ends = ModelConfig(model=str(root / "wide"), fp8="hybrid", fp8_bf16_ends=3, parallel=ParallelConfig(pipeline=2))
+    with pytest.raises(ConfigError, match="fp8_bf16_ends: 3 is more than the 2 layers of a pipeline stage"):
+        check_layout("student", ends)
+
+
+@pytest.mark.parametrize(
+    ("kind", "values", "message"),
+    [
+        (ModelConfig, {"fp8_bf16_ends": 1}, "fp8_bf16_ends: 1 needs fp8"),
+        (ModelConfig, {"fp8": "hybrid", "fp8_bf16_ends": 1, "fp8_recipe": "delayed"}, "set fp8_recipe: tensorwise"),
+        (TeacherConfig, {"fp8": "hybrid", "fp8_recipe": "delayed"}, "the teacher has none; set fp8_recipe"),
+        (TeacherConfig, {"fp8": "hybrid", "fp8_params": True, "offload": True}, "set offload: false"),
+    ],
+)
+def test_settings_that_contradict_each_other(kind, values, message):
+    with pytest.raises(ValueError, match=message):
+        kind(model="/m", **values)
+
+
+def test_gradients_are_accumulated_in_the_product_where_a_kernel_is(monkeypatch, tmp_path):
+    class TransformerEngineLayer(torch.nn.Module):
+        fuse_wgrad_accumulation = False
+
+    class MegatronLayer(torch.nn.Module):
+        gradient_accumulation_fusion = False
+
+    layers = torch.nn.Sequential(TransformerEngineLayer(), MegatronLayer())
+    fuse_gradient_accumulation([layers])
+    assert layers[0].fuse_wgrad_accumulation and not layers[1].gradient_accumulation_fusion  # there is no apex
+    (tmp_path / "fused_weight_gradient_mlp_cuda.py").write_text("")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    fuse_gradient_accumulation([layers])
+    assert layers[1].gradient_accumulation_fusion
