@@ -112,6 +112,10 @@ def run(student_dir, teacher_dir, answers: list[tuple[list[int], list[int]]], se
             elif settings.kind == "forward_kl":
                 each = (q.exp() * (q - p)).sum(-1)
                 value, surrogate = value + (weight * each).sum(), surrogate + (weight * each).sum()
+            elif settings.kind == "generalized_jsd":  # at loss.jsd_beta's default, one half
+                m = torch.log((p.exp() + q.exp()) / 2)
+                each = ((q.exp() * (q - m)).sum(-1) + (p.exp() * (p - m)).sum(-1)) / 2
+                value, surrogate = value + (weight * each).sum(), surrogate + (weight * each).sum()
             else:
                 raise ValueError(settings.kind)
         (surrogate / tokens).backward()
