@@ -60,8 +60,9 @@ mounts() {
 # The ranks finish their step, save and end with REQUEUE_CODE.
 notice() {
   NOTICE=$1
+  if [[ -z ${TRAINING:-} ]]; then say "SIG$1"; return; fi
   say "SIG$1: the ranks finish their step and save"
-  [[ -n ${TRAINING:-} && $1 != TERM ]] && kill -USR1 "$TRAINING" 2>/dev/null
+  [[ $1 != TERM ]] && kill -USR1 "$TRAINING" 2>/dev/null
 }
 
 join() { local IFS=,; echo "$*"; }
@@ -145,7 +146,7 @@ wait_for() {
   fi
 }
 
-newest_checkpoint() { find "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }
+newest_checkpoint() { find -H "$RUN_DIR/checkpoints" -maxdepth 1 -name 'step_*' 2>/dev/null | sort | tail -n 1; }
 
 # What went wrong, and where to read on: why each rank ended, the first one first, and what they said of it themselves.
 explain() {
@@ -195,6 +196,7 @@ finish() {
       stop 1 "failed $failures times in a row since ${step:-the start}: not requeued; remove $state and submit again"
     say "failed with exit code $CODE; newest checkpoint: ${step:-none}"
   fi
+  [[ $NOTICE == TERM ]] || await_lost_nodes
   # not if Slurm has requeued or cancelled it already: a cancelled job must stay so
   if [[ $(squeue --noheader --jobs="$SLURM_JOB_ID" --format=%T 2>/dev/null) == RUNNING ]]; then
     say "requeueing"
@@ -203,6 +205,25 @@ finish() {
     wait_forever
   fi
   stop "$REQUEUE_CODE" "ended by Slurm"
+}
+
+# A job that is requeued while one of its nodes does not answer can start again with a broken allocation, or never (seen
+# with GPUs in Slurm 22.05). Slurm itself requeues it properly when it gives the node up, after its SlurmdTimeout.
+await_lost_nodes() {
+  local node deadline=$((SECONDS + ${NODE_WAIT_S:-900})) told=
+  for node in "${TRAIN_NODES[@]}"; do
+    [[ -e $LOG_DIR/exit.$node ]] && continue   # it could still report
+    until answers "$node" || [[ $NOTICE == TERM ]] || (( SECONDS > deadline )); do
+      [[ -n $told ]] || say "$node does not answer: waiting until it does, or until Slurm gives it up and requeues the job"
+      told=1
+      sleep 5 & wait $!
+    done
+  done
+}
+
+answers() {
+  timeout 30 srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" --output=/dev/null --quiet true &
+  wait $!
 }
 
 # Slurm ends the script when it requeues the job.

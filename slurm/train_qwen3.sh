@@ -32,6 +32,7 @@
 #   MIN_SHARE         the same, as a share of the fastest pair             0.25
 #   MIN_FREE_GB       room for a checkpoint in RUN_DIR, GiB                eight times the size of STUDENT
 #   MAX_SKEW_S, PREFLIGHT_WAIT_S   clocks; how long nodes are waited for   2, 60
+# NODE_WAIT_S   how long a failed job waits for a node that does not answer before it requeues itself: 900
 # MAX_FAILURES  crashes in a row without a new checkpoint after which the job is not requeued any more: 3
 #
 # At the time limit (five minutes' notice), on preemption and after a crash the job checkpoints where it can, requeues itself

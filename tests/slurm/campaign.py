@@ -71,8 +71,8 @@ class Campaign:
 
     def submit(self) -> Job:
         return self.cluster.submit(
-            self.run_dir, self.tiny.config, "train.steps=100000", "train.watchdog_s=30", "checkpoint.max_failures=1000",
-            MAX_FAILURES="50",
+            self.run_dir, self.tiny.config, "train.steps=100000", "train.watchdog_s=12", "checkpoint.max_failures=1000",
+            MAX_FAILURES="50", EXIT_GRACE_S="5",
         )  # fmt: skip
 
     def run(self, seconds: float, only: list[str]) -> None:

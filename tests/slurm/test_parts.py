@@ -103,15 +103,15 @@ FAKES = {
 }
 
 
-def job_commands(folder: Path, **settings: str) -> list[str]:
-    """What train_qwen3.sh gives to srun, one line a call, on three nodes that are not there."""
-    (folder / "bin").mkdir()
-    for name, script in FAKES.items():
+def submit(folder: Path, fakes: dict[str, str], **settings: str) -> subprocess.CompletedProcess[str]:
+    """Runs train_qwen3.sh on three nodes that are not there: `fakes` stand for Slurm's commands."""
+    (folder / "bin").mkdir(exist_ok=True)
+    for name, script in fakes.items():
         path = folder / "bin" / name
         path.write_text(f"#!/bin/bash\n{script}\n")
         path.chmod(0o755)
     for name in ("student", "teacher", "data"):
-        (folder / name).mkdir()
+        (folder / name).mkdir(exist_ok=True)
     environment = {
         "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "CALLS": str(folder / "calls"), "SRUN_HELP": "",
         "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_SUBMIT_DIR": str(REPOSITORY),
@@ -119,7 +119,12 @@ def job_commands(folder: Path, **settings: str) -> list[str]:
         "PROMPTS": str(folder / "data" / "prompts.jsonl"),
     } | settings  # fmt: skip
     script = str(REPOSITORY / "slurm" / "train_qwen3.sh")
-    done = subprocess.run(["bash", script, "train.steps=5"], capture_output=True, text=True, env=environment)
+    return subprocess.run(["bash", script, "train.steps=5"], capture_output=True, text=True, env=environment)
+
+
+def job_commands(folder: Path, **settings: str) -> list[str]:
+    """What train_qwen3.sh gives to srun, one line a call."""
+    done = submit(folder, FAKES, **settings)
     assert done.returncode == 0, done.stdout + done.stderr
     return (folder / "calls").read_text().splitlines()
 
@@ -157,3 +162,44 @@ def test_servers_take_the_last_nodes(tmp_path: Path) -> None:
     assert "--nodes=2 --ntasks=2 --nodelist=n1,n2" in train
     override = 'rollout.engine=vllm rollout.mode=server rollout.servers=["http://n3:9000"] '
     assert f"{override}rollout.transfer_dir={tmp_path}/run/transfer train.steps=5" in train
+
+
+ENDED = """[[ "$*" =~ --log-dir\\ ([^ ]+) ]] && logs=${BASH_REMATCH[1]} || exit 0
+cat >"$logs/n1.log" <<END
+[rank 0]: megatron-opd: 1 problem(s) in the config:
+[rank 0]:   train: warmup_steps: 2 must be below steps: 2
+[rank 0]: something else
+launch: 10:00:02 rank 0 ended by exit code 2
+END
+echo "launch: 10:00:01 rank 1 ended by SIGKILL" >"$logs/n2.log"
+echo 2 >"$logs/exit.n1"; echo 1 >"$logs/exit.n2"; exit 2"""
+
+
+def test_what_ended_a_job_is_in_its_output(tmp_path: Path) -> None:
+    """The rank that ended first comes first; what would happen again is not requeued."""
+    done = submit(tmp_path, FAKES | {"srun": ENDED}, PREFLIGHT="0")
+    assert done.returncode == 2
+    told = [
+        "  10:00:01 rank 1 ended by SIGKILL on n2", "  10:00:02 rank 0 ended by exit code 2 on n1",
+        "  n3: no log: the node never started", "  n1: megatron-opd: 1 problem(s) in the config:",
+        "  n1:   train: warmup_steps: 2 must be below steps: 2",
+    ]  # fmt: skip
+    assert "\n".join(told) in done.stdout and "n1: something else" not in done.stdout
+    assert "running again would end the same way" in done.stdout
+
+
+def test_crashes_without_progress_end_the_job(tmp_path: Path) -> None:
+    """Counted from the newest checkpoint on, also where `checkpoints` is a link to another file system."""
+    crash = ENDED.replace("echo 2", "echo 1").replace("exit 2", "exit 1") + "\n"
+    queue = {"squeue": "echo RUNNING", "scontrol": 'echo n1; echo n2; echo n3; [[ $1 == requeue ]] && kill "$PPID"'}
+    fakes = FAKES | queue | {"srun": crash.replace("exit 0", "exit 0 # answers")}
+    elsewhere = tmp_path / "elsewhere"
+    (elsewhere / "step_000002").mkdir(parents=True)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "checkpoints").symlink_to(elsewhere)
+    for restart, step in ((0, 2), (1, 2), (2, 4), (3, 4), (4, 4)):
+        (elsewhere / f"step_{step:06d}").mkdir(exist_ok=True)
+        done = submit(tmp_path, fakes, PREFLIGHT="0", SLURM_RESTART_COUNT=str(restart))
+        assert f"step_{step:06d}" in done.stdout
+        assert ("failed 3 times in a row" in done.stdout) == (restart == 4), done.stdout
+        assert ("requeueing" in done.stdout) == (restart < 4), done.stdout

@@ -87,6 +87,16 @@ def test_prune_compares_methods_and_draws(tmp_path):
     assert "time to accuracy" in printed
 
 
+def test_checkpoint_saves_in_both_ways_and_loads_again(tmp_path):
+    sizes = ("--answers", 2, "--tokens", 16, "--repeats", 1, "--folder", tmp_path)
+    results, printed = benchmark(tmp_path, "checkpoint", *sizes)
+    assert results["asynchronous"]["steps_beside"][0] >= 1 and results["synchronous"]["steps_beside"] == [0]
+    assert 0 < results["asynchronous"]["copy_s"]["median"] <= results["asynchronous"]["stall_s"]["median"]
+    assert results["size_bytes"] > 2.9 * results["model_bytes"] > 0  # fp32: Adam's two moments beside the parameters
+    assert results["load_s"] > 0 and "training waits" in printed
+    assert [path.name for path in tmp_path.iterdir()] == ["report.json"]
+
+
 @pytest.mark.skipif(
     not (REPOSITORY / ".venv-trl").exists(), reason="no .venv-trl: `benchmark.py train` makes it, which needs a network"
 )
