@@ -222,7 +222,7 @@ await_lost_nodes() {
 }
 
 answers() {
-  timeout 30 srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" --output=/dev/null --quiet true &
+  timeout 30 srun --overlap --nodes=1 --ntasks=1 --nodelist="$1" --quiet true >/dev/null 2>&1 &
   wait $!
 }
 
