@@ -11,9 +11,9 @@ import torch
 from torch import Tensor
 
 _BLOCK = 64  # ids per block: near sqrt(shard / k) at 38k ids and k 16, and wide enough for a vectorised maximum
-_CANDIDATES_CPU = 2**18  # candidates gathered at a time
+_CANDIDATES_CPU = 2**17  # candidates gathered at a time
 _CANDIDATES_GPU = 2**23
-_MAXIMA_CPU = 2**20  # 16-bit logits widened at a time for their block maxima
+_MAXIMA_CPU = 2**19  # 16-bit logits widened at a time for their block maxima
 
 
 def _ordered_keys(values: Tensor) -> tuple[Tensor, int]:

@@ -221,7 +221,7 @@ def test_runs_move_between_the_builds_and_train_in_fp8(tmp_path):
             "blockwise",
             (8, 9),
             "13.0",
-            r"student.fp8_recipe: blockwise needs capability 9.0 .* set .*tensorwise",
+            r"student.fp8_recipe: blockwise needs compute capability 9.0 .* set .*tensorwise",
         ),
         ("blockwise", (9, 0), "12.8", r"blockwise needs .* CUDA 12.9, .* torch CUDA 12.8; set .*tensorwise"),
         ("mxfp8", (9, 0), "13.0", r"mxfp8 needs .* 10.x \(Blackwell\), this GPU has 9.0; .* tensorwise or blockwise"),
