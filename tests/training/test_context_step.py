@@ -30,6 +30,7 @@ CASES = {
     "cp2 pp2 tied": Case("cp2_pp2", "tp2_sp", model="qwen3_tied", settings=PAPER, distributed_optimizer=True),
     "cp2 vpp2 qwen2": Case("cp2_vpp2", "tp1", model="qwen2", settings=PAPER, tokens=64),
     "tp2 under a teacher at cp2": Case("tp2_sp", "cp2_tp2", settings=PAPER),
+    "fused head cp2 tp2 sp": Case("cp2_tp2_sp", "cp2", settings=PAPER, tokens=64, fused_head=True),
     "fused cp2": Case("cp2", "cp2", settings=LIVE, scoring="fused", tokens=64),
     "fused cp4 sampled": Case("cp4", "cp4", settings=replace(LIVE, kind="sampled_reverse_kl"), scoring="fused"),
     "fused cp2 tp2 sp full": Case(
