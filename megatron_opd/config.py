@@ -529,6 +529,16 @@ class Config(_Section):
                 "loss.fused_head: true works with score.mode: separate; fused scoring compares whole logits of both "
                 "models: set loss.fused_head: false"
             )
+        if self.student.parallel.expert > 1 and self.rollout.engine == "megatron":
+            problems.append(
+                f"student.parallel.expert: {self.student.parallel.expert} spans replicas that generate for different "
+                "numbers of tokens; set rollout.engine: vllm"
+            )
+        if self.teacher.parallel.expert > 1 and (self.prune.in_flight or self.prune.cut != "none"):
+            problems.append(
+                f"teacher.parallel.expert: {self.teacher.parallel.expert} spans replicas that score answers of "
+                "different numbers of segments; set prune.in_flight: false and prune.cut: none, or expert: 1"
+            )
         names = [s.name for s in self.eval.sets]
         if len(set(names)) != len(names):
             problems.append(f"eval.sets: names must differ, got {names}")

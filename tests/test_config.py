@@ -83,6 +83,15 @@ def test_fused_scoring_excludes_an_offloaded_teacher() -> None:
         read(score={"mode": "fused"}, teacher={"model": "/t", "offload": True})
 
 
+def test_expert_groups_that_would_wait_for_each_other_are_refused() -> None:
+    expert = {"model": "/m", "parallel": {"expert": 2}}
+    with pytest.raises(ConfigError, match="student.parallel.expert: 2 .* set rollout.engine: vllm"):
+        read(student=expert, rollout={"engine": "megatron"})
+    with pytest.raises(ConfigError, match="teacher.parallel.expert: 2 .* set prune.in_flight: false"):
+        read(teacher=expert, prune={"preset": "in_flight"})
+    read(student=expert, teacher=expert, rollout={"engine": "vllm"})
+
+
 def test_paths_of_a_file_are_relative_to_it_and_those_of_overrides_are_not(
     file: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

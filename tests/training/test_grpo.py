@@ -63,7 +63,7 @@ def test_gradient_is_distillation_before_and_policy_gradient_behind_the_drift_po
     student = SimpleNamespace(layout=SimpleNamespace(groups=SimpleNamespace(tp=None)), vocab_size=V)
     step = object.__new__(TrainingStep)
     step.trainer = SimpleNamespace(student=student)
-    step.config = SimpleNamespace(loss=SimpleNamespace(chunk_tokens=4), loss_k=K)
+    step.config = SimpleNamespace(loss=SimpleNamespace(chunk_tokens=4, fused_head=False), loss_k=K)
     step.loss, step.measure_gap = get_loss("topk_reverse_kl"), False
     own = logits.clone().requires_grad_()
     loss = step._loss(own, micro, denominator)[0]
