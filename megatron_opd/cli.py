@@ -47,9 +47,10 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"{key}\n    {' '.join(text.split())}")
         return 0
     try:
-        config = load_config(options.config, [*options.overrides, *rest])
+        overrides = [*options.overrides, *rest]
+        config = load_config(options.config, overrides)
         if options.command == "compare":
-            options.configs = named_configs(options.config, [*options.overrides, *rest], config.run_dir, options.variant)
+            options.configs = named_configs(options.config, overrides, config.run_dir, options.variant)
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
