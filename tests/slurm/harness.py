@@ -168,9 +168,14 @@ class Job:
 
     def cancel(self) -> None:
         """Ends it whatever its state, and waits for it."""
-        self.cluster.call("scancel", "--quiet", self.id)
-        self.cluster.call("scancel", "--quiet", "--signal=KILL", self.id)
-        wait_until(lambda: not self.cluster.call("squeue", "-h", "-j", self.id, "-o", "%T"), "the end", self.logs)
+        for options in (["--quiet"], ["--quiet", "--signal=KILL"]):
+            with contextlib.suppress(AssertionError):  # it is over already
+                self.cluster.call("scancel", *options, self.id)
+        wait_until(lambda: not self.queued(), "the end", self.logs)
+
+    def queued(self) -> bool:
+        """Whether it waits, runs or is being cleared away."""
+        return self.id in self.cluster.call("squeue", "-h", "-o", "%i").split()
 
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
