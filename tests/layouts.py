@@ -10,7 +10,6 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
-from megatron.core.transformer import utils as megatron_utils
 
 from megatron_opd.config import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_opd.models.build import Model, build_model
@@ -50,12 +49,10 @@ def student_model(directory: str | Path, layout: str, **extra) -> Iterator[Model
 def parallel_student(layout: str):
     """The student's layout as Megatron-Core's global parallel state, for as long as the block runs."""
     apply_cpu_platform()
-    try:
-        yield student_layout(ParallelConfig(**LAYOUTS[layout]))
-    finally:
-        parallel_state.destroy_model_parallel()
-        megatron_utils._sequence_parallel_attr_cache = None  # keyed by id(): a later model may get a dead one's
-        destroy_groups()
+    yield student_layout(ParallelConfig(**LAYOUTS[layout]))
+    # Not after an error: the other ranks wait in some other collective, and the error must get out.
+    parallel_state.destroy_model_parallel()
+    destroy_groups()
 
 
 def destroy_groups() -> None:

@@ -7,7 +7,6 @@ from contextlib import ExitStack, contextmanager
 
 import torch
 import torch.distributed as dist
-from megatron.core.transformer.utils import set_model_to_sequence_parallel
 from torch import Tensor
 
 from megatron_opd.models.build import Model
@@ -30,6 +29,15 @@ def _plain_linears(chunk: torch.nn.Module) -> Iterator[None]:
     finally:
         for layer, implementation in zip(layers, before):
             layer._forward_impl = implementation
+
+
+def _set_sequence_parallel(chunk: torch.nn.Module, value: bool) -> None:
+    """Megatron-Core's own function of this purpose remembers modules by id(), also those of models that are gone."""
+    chunk.config.sequence_parallel = value
+    for module in chunk.modules():
+        for name in ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings"):
+            if hasattr(module, name):
+                setattr(module, name, value)
 
 
 class CachedForward:
@@ -58,7 +66,7 @@ class CachedForward:
                 chunk.eval()
                 stack.enter_context(_plain_linears(chunk))
                 if sequence:
-                    set_model_to_sequence_parallel(chunk, False)
+                    _set_sequence_parallel(chunk, False)
             with torch.no_grad():
                 yield
         finally:
@@ -67,7 +75,7 @@ class CachedForward:
                 hook.remove()
             for chunk, was_training in zip(chunks, training):
                 if sequence:
-                    set_model_to_sequence_parallel(chunk, True)
+                    _set_sequence_parallel(chunk, True)
                 chunk.train(was_training)
 
     def prefill(
