@@ -187,9 +187,11 @@ def report(results: dict[str, Any], settings: dict[str, Any]) -> None:
         rows.append(
             [mode, "", shown(r["stall_s"]), shown(r["stall_of_step"], "%", 100), beside, shown(r["complete_s"])]
         )
+    sizes = [f"{n / 2**30:.2f} GiB" if n > 2**30 else f"{n / 2**20:.1f} MiB" for n in
+             (results["size_bytes"], results["model_bytes"])]  # fmt: skip
     title = (
-        f"saving at {settings['layout']}, {settings['precision']}: {results['size_bytes'] / 2**30:.2f} GiB, of which "
-        f"{results['model_bytes'] / 2**30:.2f} the model; loaded in {results['load_s']:.1f} s"
+        f"saving at {settings['layout']}, {settings['precision']}: {sizes[0]}, of which {sizes[1]} the model; "
+        f"loaded in {results['load_s']:.1f} s"
     )
     columns = ("save", "step", "training waits", "of a step", "step beside the save", "complete after")
     print_table(title, columns, rows)
