@@ -4,7 +4,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install install-test demo test lint test-slurm clean
+.PHONY: help install install-test demo test lint test-slurm test-gpu clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -44,6 +44,13 @@ lint: install-test ## ruff, and mypy over config.py, prune/ and losses/
 # Two nodes and a spare one in network namespaces; where there are no rights for that, one line says so
 test-slurm: install-test ## job scripts on a real Slurm in network namespaces (root): preemption, dead nodes, full disks
 	tests/slurm/run.sh $(BIN)/python
+
+# With your own Python: .venv has a torch for CPUs. Needs torch for CUDA, this package's requirements and pytest there.
+GPU_PYTHON ?= python3
+test-gpu: ## tests/gpu on a GPU, Transformer Engine's where it is installed; GPU_PYTHON=... names the Python that has torch
+	@$(GPU_PYTHON) -c 'import torch' || { echo "test-gpu: $(GPU_PYTHON) has no torch; set GPU_PYTHON=..." >&2; exit 1; }
+	@$(GPU_PYTHON) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("test-gpu: torch " + torch.__version__ + " finds no GPU, so nothing of tests/gpu can run here")'
+	$(GPU_PYTHON) -m pytest tests/gpu -m gpu -v
 
 clean:
 	rm -rf $(VENV) build *.egg-info

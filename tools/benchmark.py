@@ -7,6 +7,7 @@
     python tools/benchmark.py scaling     a step as layers, sequence length, batch and ranks double
     python tools/benchmark.py prune       time to accuracy on the embedded example: off, short budget, paper, in_flight
     python tools/benchmark.py checkpoint  what saving costs a step; size on disk and time to load
+    python tools/benchmark.py gpu         kernels, memory, training and scoring in bf16 and FP8, whole steps, on one GPU
 
 What is compared runs in turns (A B A B ...), after a warm-up, on CPU with gloo or on GPUs with NCCL; times are medians
 with quartiles. `python tools/benchmark.py NAME --help` lists the sizes.
@@ -34,6 +35,7 @@ COMMANDS = {  # name: (module, function that adds arguments, function that runs)
     "scaling": ("benchmark_step", "add_scaling_arguments", "run_scaling"),
     "prune": ("benchmark_prune", "add_arguments", "run"),
     "checkpoint": ("benchmark_checkpoint", "add_arguments", "run"),
+    "gpu": ("benchmark_gpu", "add_arguments", "run"),
 }
 
 

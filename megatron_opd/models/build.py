@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from megatron.core.models.gpt import GPTModel
+from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_opd.config import ConfigError, ModelConfig
 from megatron_opd.models.bridge import load_bridge
@@ -135,6 +136,8 @@ def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.dev
     check_layout(name, model)
     cpu = device.type == "cpu"
     transformer_engine = use_transformer_engine(name, model, cpu)
+    if not cpu and not get_cuda_rng_tracker().is_initialized():
+        model_parallel_cuda_manual_seed(0)  # layers ask for its generators, though nothing here is random
     dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[model.precision]
     parallel, groups = model.parallel, layout.groups
     vp = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
