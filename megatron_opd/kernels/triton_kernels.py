@@ -15,7 +15,7 @@ import triton.language as tl
 
 CHUNK = 8  # neighbouring columns of a lane: 16 bytes of bfloat16
 _CHUNK = tl.constexpr(CHUNK)
-_LOWEST = tl.constexpr(-3.4028234663852886e38)  # stands in for -inf where two are subtracted
+_LOW = tl.constexpr(-1.0e30)  # a shift instead of -inf, which must not be subtracted from itself
 _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
@@ -56,31 +56,44 @@ def _value(key, dtype: tl.constexpr, WIDE: tl.constexpr):
 
 
 @triton.jit
+def _pick(values, index, SIZE: tl.constexpr):
+    """values[index] of [SIZE] each."""
+    return tl.sum(tl.where(index[:, None] == tl.arange(0, SIZE)[None, :], values[None, :], 0), axis=1)
+
+
+@triton.jit
+def _read(logits, column, real, readable):
+    """Logits in float32, -inf from `real` on; `readable` >= real keeps the loads whole."""
+    x = tl.load(logits + column, mask=column < readable, other=float("-inf")).to(tl.float32)
+    return tl.where(column < real, x, float("-inf"))
+
+
+@triton.jit
 def _take_in(x, tile, top, first, total, scale):
     """A tile x [LANES, 8] float32 into the groups' maxima, the tile of their first occurrence, and their sums."""
     highest = tl.max(x, axis=1)
     first = tl.where(highest > top, tile, first)
     new = tl.maximum(top, highest)
-    before, after = tl.maximum(top, _LOWEST), tl.maximum(new, _LOWEST)
-    part = tl.sum(tl.exp2((x - after[:, None]) * scale), axis=1)
+    before, after = tl.maximum(top, _LOW), tl.maximum(new, _LOW)
+    part = tl.sum(tl.exp2(tl.fma(x, scale, -(after * scale)[:, None])), axis=1)
     return new, first, total * tl.exp2((before - after) * scale) + part
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["parts", "tiles", "n"])
 def stats_kernel(
-    logits, row_stride, real, readable, tiles, ids, n, inverse_temperature,
+    logits, row_stride, real, readable, parts, tiles, ids, n, inverse_temperature,
     lse, top_values, top_ids, at_ids, invalid,
-    PARTS: tl.constexpr, LANES: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr,
+    LANES: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr,
     IDS: tl.constexpr, WIDE: tl.constexpr, WIDE_PLACES: tl.constexpr,
 ):  # fmt: skip
-    """Program p has part p % PARTS of row p // PARTS: `tiles` tiles of LANES x 8 columns, all [rows * PARTS, ...] out.
+    """Program p has part p % parts of row p // parts: `tiles` tiles of LANES x 8 columns; results [rows * parts, ...].
 
     Columns below `real` count; those below `readable` may be read (a multiple of 16 where it can be, so that loads stay
     whole). KEPT: K rounded up to a power of two, 0 for no top-k; DEPTH: `tiles` likewise. IDS: n likewise.
     """
     program = tl.program_id(0).to(tl.int64)
-    part = (program % PARTS).to(tl.int32)
-    row = program // PARTS
+    part = (program % parts).to(tl.int32)
+    row = program // parts
     logits += row * row_stride
     dtype: tl.constexpr = logits.dtype.element_ty
     base = part * tiles * LANES * _CHUNK
@@ -96,14 +109,13 @@ def stats_kernel(
         x = tl.load(logits + base + tile * LANES * _CHUNK + within).to(tl.float32)
         top, first, total = _take_in(x, tile, top, first, total, scale)
     if whole < tiles:
-        column = base + whole * LANES * _CHUNK + within
-        x = tl.load(logits + column, mask=column < readable, other=float("-inf")).to(tl.float32)
-        top, first, total = _take_in(tl.where(column < real, x, float("-inf")), whole, top, first, total, scale)
+        x = _read(logits, base + whole * LANES * _CHUNK + within, real, readable)
+        top, first, total = _take_in(x, whole, top, first, total, scale)
 
-    highest = tl.maximum(tl.max(top, axis=0), _LOWEST)
-    summed = tl.sum(total * tl.exp2((tl.maximum(top, _LOWEST) - highest) * scale), axis=0)
+    highest = tl.maximum(tl.max(top, axis=0), _LOW)
+    summed = tl.sum(total * tl.exp2((tl.maximum(top, _LOW) - highest) * scale), axis=0)
     tl.store(lse + program, highest * inverse_temperature + tl.log(summed))
-    nans = 0
+    nans = tl.to_tensor(0)
     if summed != summed:  # a NaN or +inf among the logits: rare enough to look again
         for tile in range(0, tiles):
             column = base + tile * LANES * _CHUNK + within
@@ -126,36 +138,40 @@ def stats_kernel(
         else:
             groups = tl.topk(_ordered_key(top.to(dtype), first * LANES + lane, False), KEPT)
         lanes = tl.sort(_place(groups, WIDE_PLACES) % LANES)
-        # Their columns, ascending: [DEPTH, KEPT, 8].
-        depth = tl.arange(0, DEPTH)[:, None, None]
-        offset = tl.arange(0, _CHUNK)[None, None, :]
-        column = base + (depth * LANES + lanes[None, :, None]) * _CHUNK + offset
-        x = tl.load(logits + column, mask=(depth < tiles) & (column < real), other=0.0)
-        place = (depth * KEPT + tl.arange(0, KEPT)[None, :, None]) * _CHUNK + offset
-        key = _ordered_key(x, place, WIDE)
-        lowest = tl.full([1], -(2**63), tl.int64) if WIDE else tl.full([1], -(2**31), tl.int32)
-        key = tl.where((depth < tiles) & (column < real), key, lowest)
-        best = tl.topk(tl.reshape(key, [DEPTH * KEPT * _CHUNK]), KEPT)
-        place = _place(best, WIDE)
-        group = (place // _CHUNK) % KEPT
+        # Of their chunks of 8 columns, in the order of the columns, [DEPTH, KEPT], those whose maxima are largest.
         slot = tl.arange(0, KEPT)
-        its_lane = tl.sum(tl.where(group[:, None] == slot[None, :], lanes[None, :], 0), axis=1)
-        column = base + ((place // (_CHUNK * KEPT)) * LANES + its_lane) * _CHUNK + place % _CHUNK
-        # A part, not a row, may have fewer than K columns.
+        offset = tl.arange(0, _CHUNK)
+        depth = tl.arange(0, DEPTH)[:, None]
+        begin = base + (depth * LANES + lanes[None, :]) * _CHUNK
+        x = _read(logits, begin[:, :, None] + offset[None, None, :], real, readable)
+        lowest = tl.full([1], -(2**63), tl.int64) if WIDE else tl.full([1], -(2**31), tl.int32)
+        key = _ordered_key(tl.max(x, axis=2).to(dtype), depth * KEPT + slot[None, :], WIDE)
+        key = tl.where((depth < tiles) & (begin < real), key, lowest)
+        chunks = tl.topk(tl.reshape(key, [DEPTH * KEPT]), KEPT)
+        chunk = tl.sort(tl.where(chunks == lowest, DEPTH * KEPT, _place(chunks, WIDE)))
+        # Of their columns the largest. A part, not a row, may have fewer than K.
+        begin = base + ((chunk // KEPT) * LANES + _pick(lanes, chunk % KEPT, KEPT)) * _CHUNK
+        begin = tl.where(chunk < DEPTH * KEPT, begin, real)
+        column = begin[:, None] + offset[None, :]
+        x = _read(logits, column, real, readable)
+        key = _ordered_key(x.to(dtype), slot[:, None] * _CHUNK + offset[None, :], WIDE)
+        best = tl.topk(tl.reshape(tl.where(column < real, key, lowest), [KEPT * _CHUNK]), KEPT)
+        place = _place(best, WIDE)
+        column = _pick(begin, place // _CHUNK % KEPT, KEPT) + place % _CHUNK
         value = tl.where(best == lowest, float("-inf"), _value(best, dtype, WIDE))
         tl.store(top_values + program * K + slot, value, mask=slot < K)
         tl.store(top_ids + program * K + slot, tl.minimum(column, real - 1).to(tl.int64), mask=slot < K)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["blocks", "tiles", "n"])
 def backward_kernel(
-    logits, row_stride, grad, grad_stride, log_z, ids, slope, n, real, width, inverse_temperature,
-    BLOCKS: tl.constexpr, TILES: tl.constexpr, TILE: tl.constexpr, IDS: tl.constexpr,
+    logits, row_stride, grad, grad_stride, log_z, ids, slope, n, real, width, blocks, tiles, inverse_temperature,
+    TILE: tl.constexpr, IDS: tl.constexpr,
 ):  # fmt: skip
-    """Program p has block p % BLOCKS, of TILES x TILE columns, of row p // BLOCKS; `grad` may be `logits`."""
+    """Program p has block p % blocks, of tiles x TILE columns, of row p // blocks; `grad` may be `logits`."""
     program = tl.program_id(0).to(tl.int64)
-    begin = (program % BLOCKS).to(tl.int32) * (TILES * TILE)
-    row = program // BLOCKS
+    begin = (program % blocks).to(tl.int32) * (tiles * TILE)
+    row = program // blocks
     logits += row * row_stride
     grad += row * grad_stride
     slot = tl.arange(0, IDS)
@@ -166,14 +182,14 @@ def backward_kernel(
 
     # The logits at the ids of this block, before they are overwritten.
     wanted = tl.load(ids + row * n + slot, mask=slot < n, other=-1)
-    owned = (wanted >= begin) & (wanted < begin + TILES * TILE) & (wanted < real)
+    owned = (wanted >= begin) & (wanted < begin + tiles * TILE) & (wanted < real)
     chosen = tl.load(logits + wanted, mask=owned, other=0.0).to(tl.float32)
     same = wanted[:, None] == wanted[None, :]  # an id that occurs twice receives both
     own = tl.sum(tl.where(same, upstream[None, :], 0.0), axis=1) * inverse_temperature
     chosen = own - total * tl.exp(chosen * inverse_temperature - normaliser)
     tl.debug_barrier()
 
-    for tile in range(0, TILES):
+    for tile in range(0, tiles):
         column = begin + tile * TILE + tl.arange(0, TILE)
         x = tl.load(logits + column, mask=column < width, other=0.0).to(tl.float32)
         value = -total * tl.exp(x * inverse_temperature - normaliser)

@@ -11,8 +11,8 @@ from torch import Tensor
 from megatron_opd.kernels import triton_kernels as kernels
 
 LARGEST_K = 256  # the sort of the candidates stays in registers
-_ENOUGH_PROGRAMS = 1024  # several for each of a big GPU's processors
-_NARROWEST_PART = 16384  # columns below which a row is not split further
+_ENOUGH_ROWS = 512  # several programs for each of a big GPU's processors; fewer rows are split
+_PART = 16384  # columns of a part of a row, about
 
 
 def _power(n: int) -> int:
@@ -37,13 +37,14 @@ def stats(
         raise ValueError(f"k {k} is more than the {LARGEST_K} that the Triton kernel finds; set loss.kernels: torch")
     rows, device = logits.shape[0], logits.device
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    parts = min(-(-_ENOUGH_PROGRAMS // max(rows, 1)), max(1, real // _NARROWEST_PART))
+    parts = max(1, real // _PART) if rows < _ENOUGH_ROWS else 1  # two choices: each is compiled on its own
     lanes = max(_lanes(-(-real // parts)), _power(k) if k else 0)
     width = lanes * kernels.CHUNK
     tiles = max(1, -(-real // (parts * width)))
     parts = max(1, -(-real // (tiles * width)))
     kept, depth, n = _power(k) if k else 0, triton.next_power_of_2(tiles), ids.shape[1]
     half = logits.dtype in (torch.bfloat16, torch.float16)
+    readable = min(-(-real // 16) * 16, logits.shape[1])
     ids = ids.contiguous()
     lse = torch.empty((rows, parts), dtype=torch.float32, device=device)
     values = torch.empty((rows, parts, k), dtype=logits.dtype, device=device)
@@ -54,10 +55,10 @@ def stats(
         return lse[:, 0], values[:, 0], top[:, 0], at_ids, invalid[:, 0].bool()
     with _on(logits):
         kernels.stats_kernel[(rows * parts,)](
-            logits, logits.stride(0), real, min(-(-real // 16) * 16, logits.shape[1]), tiles, ids, n, 1 / temperature,
+            logits, logits.stride(0), real, readable, parts, tiles, ids, n, 1 / temperature,
             lse, values, top, at_ids, invalid,
-            PARTS=parts, LANES=lanes, K=k, KEPT=kept, DEPTH=depth, IDS=_power(n) if n else 0,
-            WIDE=not half or depth * kept * kernels.CHUNK > 2**16, WIDE_PLACES=not half or tiles * lanes > 2**16,
+            LANES=lanes, K=k, KEPT=kept, DEPTH=depth, IDS=_power(n) if n else 0,
+            WIDE=not half, WIDE_PLACES=not half or tiles * lanes > 2**16,
             num_warps=min(16, max(4, lanes // 128)),
         )  # fmt: skip
     if parts == 1:
@@ -83,6 +84,6 @@ def backward(
     with _on(logits):
         kernels.backward_kernel[(rows * blocks,)](
             logits, logits.stride(0), grad, grad.stride(0), log_z.contiguous(), ids.contiguous(), slope.contiguous(),
-            ids.shape[1], real, width, 1 / temperature,
-            BLOCKS=blocks, TILES=tiles, TILE=tile, IDS=_power(ids.shape[1]), num_warps=8,
+            ids.shape[1], real, width, blocks, tiles, 1 / temperature,
+            TILE=tile, IDS=_power(ids.shape[1]), num_warps=8,
         )  # fmt: skip

@@ -43,12 +43,12 @@ def _fast_xor() -> None:
 
 def stats_in_parts(case: Case) -> None:
     """Few rows: each is split over several programs, the last of which may have fewer columns than k."""
-    before = triton_launch._NARROWEST_PART
-    triton_launch._NARROWEST_PART = 1024
+    before = triton_launch._PART
+    triton_launch._PART = 1024
     try:
         checks.check_stats(case)
     finally:
-        triton_launch._NARROWEST_PART = before
+        triton_launch._PART = before
 
 
 def backend_of() -> None:
