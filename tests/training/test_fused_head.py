@@ -3,13 +3,16 @@ as the steps with whole logits, in loss, gradient norm and updated parameters.""
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import pytest
 import torch
 
 from megatron_opd.config import ConfigError, parse_config
+from megatron_opd.kernels import set_kernels
 from megatron_opd.models.headless import head_weight, without_head
+from megatron_opd.training.setup import init_distributed
 from tests.distributed import run_distributed
 from tests.layouts import student_model
 from tests.models.tiny_families import VOCAB, make
@@ -29,6 +32,7 @@ CASES = {
     "vpp2": Case("vpp2", "tp2", settings=PAPER, tokens=64),
 }
 CASES = {name: replace(case, fused_head=True) for name, case in CASES.items()}
+MODELS = {"student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "c.jsonl"}}
 WHOLE = "dp4, whole logits"  # of the same model and settings as "dp4"
 
 
@@ -36,7 +40,21 @@ def steps(rank: int, world: int, references: dict, directories: dict[str, str]):
     found = {name: megatron_steps(case, references[name], directories) for name, case in CASES.items()}
     found[WHOLE] = megatron_steps(replace(CASES["dp4"], fused_head=False), references["dp4"], directories)
     found["no logits"] = shapes(directories["qwen3_tied"])
+    found["refused"] = refused()
     return found
+
+
+def refused() -> str:
+    """What setting up a run without a GPU says to `loss.kernels: triton`."""
+    os.environ.pop("TRITON_INTERPRET", None)
+    config = parse_config({**MODELS, "device": "cpu", "loss": {"kernels": "triton"}})
+    try:
+        init_distributed(config)
+    except ConfigError as error:
+        return str(error)
+    finally:
+        set_kernels("auto")
+    return ""
 
 
 def shapes(directory: str) -> dict:
@@ -114,4 +132,9 @@ def test_the_model_gives_hidden_states_and_then_logits_again(results):
 )
 def test_what_a_fused_head_cannot_do_is_refused(changes, words):
     with pytest.raises(ConfigError, match=words):
-        parse_config({"student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "c.jsonl"}, **changes})
+        parse_config({**MODELS, **changes})
+
+
+def test_a_run_says_at_its_start_that_triton_cannot_run(results):
+    for found in (r["refused"] for r in results):
+        assert "loss.kernels: triton cannot run on cpu" in found and "set auto or torch" in found
