@@ -10,10 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from megatron_opd.kernels.numpy_topk import numpy_topk
+
 _BLOCK = 64  # ids per block: near sqrt(shard / k) at 38k ids and k 16, and wide enough for a vectorised maximum
 _CANDIDATES_CPU = 2**17  # candidates gathered at a time
 _CANDIDATES_GPU = 2**23
-_MAXIMA_CPU = 2**19  # 16-bit logits widened at a time for their block maxima
 
 
 def _ordered_keys(values: Tensor) -> tuple[Tensor, int]:
@@ -44,20 +45,6 @@ def _stable_positions(values: Tensor, k: int) -> Tensor:
     return (mask - (best & mask)).long()
 
 
-def _block_maxima(blocks: Tensor) -> Tensor:
-    """Maxima [rows, n] of blocks [rows, n, block]."""
-    if blocks.device.type != "cpu" or blocks.dtype not in (torch.bfloat16, torch.float16):
-        return blocks.amax(2)
-    # Widening a cache-sized piece first is about twice as fast as torch's own 16-bit maximum on CPU.
-    out = torch.empty(blocks.shape[:2], dtype=torch.float32)
-    rows = max(1, _MAXIMA_CPU // (blocks.shape[1] * blocks.shape[2]))
-    wide = torch.empty((min(rows, blocks.shape[0]), *blocks.shape[1:]), dtype=torch.float32)
-    for start in range(0, blocks.shape[0], rows):
-        piece = blocks[start : start + rows]
-        torch.amax(wide[: piece.shape[0]].copy_(piece), 2, out=out[start : start + rows])
-    return out.to(blocks.dtype)
-
-
 def _topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """Top-k of [rows, n] as (values [rows, k], ids [rows, k], NaN seen [rows])."""
     blocks = logits.shape[1] // _BLOCK
@@ -66,7 +53,7 @@ def _topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
         return logits.gather(1, ids), ids, logits.isnan().any(1)
     blocked = logits[:, : blocks * _BLOCK].unflatten(1, (blocks, _BLOCK))
     tail = logits[:, blocks * _BLOCK :]
-    maxima = _block_maxima(blocked)
+    maxima = blocked.amax(2)
     # Ascending blocks keep the candidates in the order of their ids, which the tie rule needs.
     chosen = _stable_positions(maxima, k).sort(dim=1).values
     rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
@@ -83,6 +70,10 @@ def torch_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns values [tokens, k] in the logits' dtype, ids [tokens, k] int64, and [tokens] bool: the row holds a NaN.
     """
+    if logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16) and logits.shape[0]:
+        found = numpy_topk(logits, k)
+        if found is not None:
+            return logits.gather(1, found[0]), *found
     budget = _CANDIDATES_CPU if logits.device.type == "cpu" else _CANDIDATES_GPU
     per_row = min(logits.shape[1], k * _BLOCK)
     step = max(1, budget // max(1, per_row))
