@@ -6,6 +6,7 @@ Written from the formulas, slow and plain; the loss and everything behind the lo
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -132,5 +133,18 @@ def run(student_dir, teacher_dir, answers: list[tuple[list[int], list[int]]], se
                 v = second[name] / (1 - settings.beta2**step)
                 decay = 0.0 if p.dim() == 1 else settings.weight_decay  # norms and biases are not decayed
                 p.copy_(p.double() * (1 - settings.lr * decay) - settings.lr * m / (v.sqrt() + settings.eps))
-    result.parameters = {n: p.detach().clone() for n, p in named.items()}
+    result.parameters = dict(_by_checkpoint_name(named))
     return result
+
+
+def _by_checkpoint_name(named: dict[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
+    """transformers holds a layer's experts in one tensor; a checkpoint has them one by one."""
+    for name, parameter in named.items():
+        kind = name.rpartition(".experts.")[2]
+        if kind not in ("gate_up_proj", "down_proj"):
+            yield name, parameter.detach().clone()
+            continue
+        for expert, weight in enumerate(parameter.detach().clone()):
+            halves = weight.chunk(2) if kind == "gate_up_proj" else (weight,)
+            for half, own in zip(halves, ("gate_proj", "up_proj") if kind == "gate_up_proj" else (kind,)):
+                yield f"{name.removesuffix(kind)}{expert}.{own}.weight", half

@@ -143,6 +143,8 @@ def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.dev
     vp = parallel.virtual_pipeline if parallel.virtual_pipeline > 1 else None
     overrides = _config_overrides(model, dtype, cpu)
     overrides["moe_grouped_gemm"] = transformer_engine  # local layers hold experts one by one
+    if cpu:
+        overrides["bias_activation_fusion"] = False  # compiled for every shape, by a C++ compiler
     overrides["apply_rope_fusion"] = transformer_engine  # the kernel takes packed rows as they are
     bridge = load_bridge(model.model, dtype, groups, parallel.virtual_pipeline, overrides)
     config = bridge.config

@@ -29,6 +29,7 @@ CASES = {
     "cp2 tp2 sp cut": Case("cp2_tp2_sp", "cp2", settings=CUT, cut="reliability", recompute="selective"),
     "cp2 pp2 tied": Case("cp2_pp2", "tp2_sp", model="qwen3_tied", settings=PAPER, distributed_optimizer=True),
     "cp2 vpp2 qwen2": Case("cp2_vpp2", "tp1", model="qwen2", settings=PAPER, tokens=64),
+    "cp2 tp2 sp experts": Case("cp2_tp2_sp", "cp2", model="qwen3_moe", settings=PAPER, tokens=64),
     "tp2 under a teacher at cp2": Case("tp2_sp", "cp2_tp2", settings=PAPER),
     "fused head cp2 tp2 sp": Case("cp2_tp2_sp", "cp2", settings=PAPER, tokens=64, fused_head=True),
     "fused cp2": Case("cp2", "cp2", settings=LIVE, scoring="fused", tokens=64),
@@ -47,7 +48,7 @@ def all_cases(rank: int, world: int, references: dict[str, Result], directories:
 @pytest.fixture(scope="module")
 def steps(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    directories = {family: str(make(family, root / family)) for family in ("qwen3", "qwen3_tied", "qwen2")}
+    directories = {family: str(make(family, root / family)) for family in ("qwen3", "qwen3_tied", "qwen2", "qwen3_moe")}
     directories["teacher"] = str(
         make("qwen3", root / "teacher", hidden_size=48, num_hidden_layers=2, intermediate_size=80)
     )

@@ -59,6 +59,7 @@ CASES = {
     "tp2 pp2 cut": Case("tp2_pp2", "pp2", settings=CUT, cut="reliability", tokens=4096),
     "vpp2": Case("vpp2", "tp2", settings=PAPER, tokens=64),
     "vpp2 cut": Case("vpp2", "tp2_sp", settings=CUT, cut="reliability", tokens=64),
+    "tp2 pp2 experts cut": Case("tp2_sp_pp2", "tp1", model="qwen3_moe", settings=CUT, cut="reliability"),
     "tp2 vpp2 tied cut": Case("tp2_sp_vpp2", "pp2", model="qwen3_tied", settings=CUT, cut="reliability"),
 }
 # One step: the second one's candidates would be those of the changed student, not the reference's.
@@ -152,7 +153,7 @@ def all_cases(rank: int, world: int, references: dict[str, Result], directories:
 @pytest.fixture(scope="module")
 def directories(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    made = {family: str(make(family, root / family)) for family in ("qwen3", "qwen3_tied", "qwen2")}
+    made = {family: str(make(family, root / family)) for family in ("qwen3", "qwen3_tied", "qwen2", "qwen3_moe")}
     made["teacher"] = str(make("qwen3", root / "teacher", hidden_size=48, num_hidden_layers=2, intermediate_size=80))
     return made
 
