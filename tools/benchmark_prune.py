@@ -16,17 +16,23 @@ from typing import Any
 from benchmark_common import REPOSITORY, BenchmarkError, print_table, resolve_device, write_json
 
 EXAMPLE = REPOSITORY / "examples" / "tiny"
-METHODS = {"off": "full budget", "short": "short budget", "paper": "paper", "in_flight": "in flight"}
+METHODS = {
+    "off": "full budget", "short": "short budget", "paper": "paper", "in_flight": "in flight",
+    "watch": "full budget, watched",
+}  # fmt: skip
 # The student's two most likely tokens are the signal: tiny models order the tail of their distributions by noise. The
 # full budget is six times the first one, as in the published runs (12288 and 2048).
-SETTINGS = ("prune.k=2", "loss.k=8", "prune.budget.maximum=1536")
-COLORS = {"off": "#8a8f98", "short": "#8250df", "paper": "#1f6feb", "in_flight": "#d9730d"}
+FULL_BUDGET = 1536
+SETTINGS = ("prune.k=2", "loss.k=8", f"prune.budget.maximum={FULL_BUDGET}")
+WATCH = ("prune.threshold=0", "prune.w_base=0")  # overlap and reliability are computed and change nothing
+COLORS = {"watch": "#2da44e", "off": "#8a8f98", "short": "#8250df", "paper": "#1f6feb", "in_flight": "#d9730d"}
 SAVING = ("seconds", "tokens_generated", "tokens_trained")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", nargs="+", default=["drifting", "close"], help="names of examples/tiny/NAME.yaml")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["off", "short", "paper", "in_flight"],
+                        help="watch: paper whose threshold never fires, so that only the cost of watching is left")
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, train.seed = 1, 2, ...")
     parser.add_argument("--short", type=int, default=128, help="the fixed short budget, in tokens")
     parser.add_argument("--w-drop", type=float, default=0.05, help="for in_flight; the others have the published 0.01")
@@ -38,6 +44,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def own_settings(options: argparse.Namespace, method: str) -> list[str]:
     """What tells a method's config from the others'."""
+    if method == "watch":
+        return ["prune.preset=paper", *WATCH, *(f"prune.budget.{k}={FULL_BUDGET}" for k in ("initial", "minimum"))]
     if method == "short":
         return ["prune.preset=off", *(f"prune.budget.{k}={options.short}" for k in ("initial", "minimum", "maximum"))]
     return [f"prune.preset={method}", *([f"prune.w_drop={options.w_drop}"] if method == "in_flight" else [])]
