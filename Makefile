@@ -50,7 +50,7 @@ GPU_PYTHON ?= python3
 test-gpu: ## tests/gpu on a GPU, Transformer Engine's where it is installed; GPU_PYTHON=... names the Python that has torch
 	@$(GPU_PYTHON) -c 'import torch' || { echo "test-gpu: $(GPU_PYTHON) has no torch; set GPU_PYTHON=..." >&2; exit 1; }
 	@$(GPU_PYTHON) -c 'import torch, sys; torch.cuda.is_available() or sys.exit("test-gpu: torch " + torch.__version__ + " finds no GPU, so nothing of tests/gpu can run here")'
-	$(GPU_PYTHON) -m pytest tests/gpu -m gpu -v
+	$(GPU_PYTHON) -m pytest tests/gpu/test_transformer_engine.py tests/gpu/test_kernels.py -m gpu -v
 
 clean:
 	rm -rf $(VENV) build *.egg-info

@@ -66,9 +66,7 @@ def named_configs(path: str, shared: list[str], run_dir: str, runs: list[list[st
     names = [name for name, *_ in runs]
     if wrong := [name for name in names if "=" in name or names.count(name) > 1]:
         raise ConfigError(f"--variant {wrong[0]}: begins with a name of its own, e.g. --variant plain prune.preset=off")
-    return {
-        name: load_config(path, [*shared, *own, f"run_dir={os.path.join(run_dir, name)}"]) for name, *own in runs
-    }
+    return {name: load_config(path, [*shared, *own, f"run_dir={os.path.join(run_dir, name)}"]) for name, *own in runs}
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
@@ -98,12 +96,13 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 def guarded(command: Callable[[], int | None]) -> int:
     """Runs it; errors that explain themselves are printed without a traceback, by one rank."""
-    from megatron_opd.errors import exit_code_of, explains_itself
+    from megatron_opd.errors import end_at_once, exit_code_of, explains_itself
 
     try:
         return 1 if command() else 0
     except Exception as error:
         if not explains_itself(error):
+            end_at_once(error)
             raise
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron-opd: {error}", file=sys.stderr, flush=True)

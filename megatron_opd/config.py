@@ -166,8 +166,9 @@ class RolloutConfig(_Section):
     """Directory for `transfer: file` that servers can read; null takes /dev/shm on one node."""
     bucket_mb: Positive = 512
     """Parameters are gathered and handed over in buckets of at most this size."""
-    sync_tolerance: float = Field(default=0.02, gt=0)
-    """Largest gap (nats) between the engine's and the trainer's log-probs on the probe prompt after a hand-over."""
+    sync_tolerance: float | None = Field(default=None, gt=0)
+    """Largest gap (nats) between the engine's and the trainer's log-probs on the probe prompt after a hand-over. null
+    takes 0.02 for `student.precision: fp32` and 1.0 for bf16, whose logits of 16 to 32 are 0.125 apart."""
     gap_threshold: float = Field(default=0.5, gt=0)
     """A sampled token whose rollout and student log-probs differ by more (nats) is counted in the metrics."""
     importance_clip: float | None = Field(default=None, gt=0)
@@ -193,7 +194,7 @@ class BudgetConfig(_Section):
     """Tokens by which the budget grows or shrinks."""
     margin: int = Field(default=100, ge=0)
     """An answer is a hit where its effective length reaches max(minimum, budget - margin)."""
-    hit_ratio: Fraction = 0.1
+    hit_ratio: float = Field(default=0.1, gt=0.0, le=1.0)
     """Share of hits in a batch from which the budget grows."""
     patience: Positive = 3
     """Steps in a row below `hit_ratio` after which the budget shrinks."""
@@ -224,7 +225,7 @@ class PruneConfig(_Section):
     """Candidates per position whose overlap is taken; also those of the top-k loss, unless `loss.k` says otherwise."""
     threshold: Fraction = 0.7
     """Overlap below this is an event."""
-    teacher_top_p: Fraction = 0.95
+    teacher_top_p: float = Field(default=0.95, gt=0.0, le=1.0)
     """Nucleus mass of the `teacher_top_p` signal, inside the teacher's top k."""
     w_drop: float = Field(default=0.01, ge=0.0, le=1.0)
     """Reliability lost per event."""
@@ -284,7 +285,7 @@ class LossConfig(_Section):
     """The distillation loss. topk_reverse_kl is the published one."""
     k: Positive | None = None
     """Candidates per position of topk_reverse_kl; null takes prune.k, as the method does."""
-    jsd_beta: Fraction = 0.5
+    jsd_beta: float = Field(default=0.5, gt=0.0, lt=1.0)
     """Interpolation of generalized_jsd: towards 0 the forward, towards 1 the reverse KL."""
     chunk_tokens: Positive = 1024
     """Tokens whose logits are held in fp32 at once; with `fused_head`, whose logits exist at all."""
@@ -339,7 +340,8 @@ class TrainConfig(_Section):
     spike_factor: float | None = Field(default=None, gt=1)
     """Skip a step whose gradient norm exceeds this multiple of the running median; null for never."""
     watchdog_s: float = Field(default=1800.0, gt=0)
-    """A step that takes longer writes every rank's stack to its log and ends the job."""
+    """A step that takes longer writes every rank's stack to its log and ends the job. Outside steps, in an evaluation
+    say, it is how long a rank waits for another one in a collective."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -544,6 +546,8 @@ class Config(_Section):
             problems.append(f"eval.sets: names must differ, got {names}")
         if problems:
             raise ValueError("; ".join(problems))
+        if self.rollout.sync_tolerance is None:
+            self.rollout.sync_tolerance = 0.02 if self.student.precision == "fp32" else 1.0
         return self
 
 

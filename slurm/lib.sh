@@ -14,7 +14,8 @@ prepare() {
   local word
   for word in "$@"; do [[ $word == run_dir=* ]] && RUN_DIR=${word#run_dir=}; done
   mkdir -p "$RUN_DIR/logs" || stop 2 "cannot write to RUN_DIR=$RUN_DIR"
-  RUN_DIR=$(realpath "$RUN_DIR")
+  RUN_DIR=$(realpath "$RUN_DIR") CONFIG=$(realpath "$CONFIG")
+  if [[ -n ${CHECKPOINT:-} ]]; then CHECKPOINT=$(realpath "$CHECKPOINT"); fi
   LOG_DIR=$RUN_DIR/logs/$SLURM_JOB_ID.$RESTART
   mkdir -p "$LOG_DIR/ranks" || stop 2 "cannot write to $LOG_DIR"
   mapfile -t NODES < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
@@ -31,7 +32,7 @@ prepare() {
     local mounts
     mounts=$(mounts)${CONTAINER_MOUNTS:+,$CONTAINER_MOUNTS}
     PYTHON=${PYTHON:-python3}
-    if srun --help | grep -q -- --container-image; then
+    if srun --help | grep -- --container-image >/dev/null; then  # -q would end srun early, and fail under pipefail
       SRUN+=(--container-image="$CONTAINER_IMAGE" --container-mounts="$mounts" --container-workdir="$REPO")
     elif command -v apptainer >/dev/null; then
       IN=(apptainer exec --nv --bind "$mounts" --pwd "$REPO" "$CONTAINER_IMAGE")
@@ -51,7 +52,7 @@ prepare() {
 mounts() {
   local place all=
   for place in "$REPO" "$RUN_DIR" "${STUDENT:-}" "${TEACHER:-}" "$(dirname "${PROMPTS:-/}")" "${EVAL_DATA:-}" \
-    "$(dirname "$CONFIG")"; do
+    "${CHECKPOINT:-}" "$(dirname "$CONFIG")"; do
     [[ -d $place && $place != / && ,$all, != *,"$place:$place",* ]] && all+=${all:+,}$place:$place
   done
   echo "$all"

@@ -92,9 +92,7 @@ def train(bench: Bench, report: Report) -> None:
                 break
 
 
-def _trained(
-    bench: Bench, report: Report, name: str, label: str, changes: dict[str, Any], setting: list[Any]
-) -> bool:
+def _trained(bench: Bench, report: Report, name: str, label: str, changes: dict[str, Any], setting: list[Any]) -> bool:
     """Measures one precision of one model; whether it fitted, or failed for another reason than memory."""
     tokens, recompute, fused_head, optimizer = setting
     what = {"model": name, "precision": label, "microbatch": tokens, "recompute": recompute, "fused_head": fused_head}

@@ -31,8 +31,13 @@ SAVING = ("seconds", "tokens_generated", "tokens_trained")
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--pairs", nargs="+", default=["drifting", "close"], help="names of examples/tiny/NAME.yaml")
-    parser.add_argument("--methods", nargs="+", choices=METHODS, default=["off", "short", "paper", "in_flight"],
-                        help="watch: paper whose threshold never fires, so that only the cost of watching is left")
+    parser.add_argument(
+        "--methods",
+        nargs="+",
+        choices=METHODS,
+        default=["off", "short", "paper", "in_flight"],
+        help="watch: paper whose threshold never fires, so that only the cost of watching is left",
+    )
     parser.add_argument("--seeds", type=int, default=3, help="runs of each, train.seed = 1, 2, ...")
     parser.add_argument("--short", type=int, default=128, help="the fixed short budget, in tokens")
     parser.add_argument("--w-drop", type=float, default=0.05, help="for in_flight; the others have the published 0.01")

@@ -31,6 +31,7 @@ STORE = "CONVERT_STORE"  # environment variable of the processes that this tool 
 DTYPES = ("bf16", "fp32")
 DEFAULT_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
 
+
 class Parser(argparse.ArgumentParser):
     """Reports usage errors like all others: one message, exit code 1."""
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import importlib.util
+from collections.abc import Iterator
+
+from torch import Tensor
 
 from megatron_opd.config import Config, ConfigError
 from megatron_opd.models.build import Model
+from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.rollout.megatron import MegatronEngine
 
@@ -13,6 +17,11 @@ from megatron_opd.rollout.megatron import MegatronEngine
 def longest_sequence(config: Config) -> int:
     """Tokens of the longest prompt and response that this config can reach, in training or evaluation."""
     return config.data.max_prompt_tokens + max([config.prune.budget.maximum, *(s.max_tokens for s in config.eval.sets)])
+
+
+def hf_stream(student: Model, config: Config) -> Iterator[tuple[str, Tensor]]:
+    """The student's parameters as engines take them over; see `export_hf_weights`. Collective."""
+    return export_hf_weights(student.chunks, student.bridge, student.layout.groups, config.rollout.bucket_mb << 20)
 
 
 def make_engine(config: Config, student: Model, eos_ids: set[int]) -> RolloutEngine:

@@ -18,6 +18,7 @@ import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -26,9 +27,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd.config import ConfigError, RolloutConfig
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
 from megatron_opd.rollout.vllm_common import (
+    CONTROL_TIMEOUT,
     END_REASONS,
     Answer,
     RolloutError,
@@ -47,7 +49,7 @@ class VllmColocateEngine(RolloutEngine):
     """See the module's docstring. Construction is collective and takes 10 to 60 s.
 
     `model_dir` needs the model's config alone. `eos_ids` end an answer and belong to it. `max_model_len` is the longest
-    prompt plus response, unless `config.max_model_len` gives one. Raises ValueError where `config.tensor` does not
+    prompt plus response, unless `config.max_model_len` gives one. Raises ConfigError where `config.tensor` does not
     divide the number of ranks.
     """
 
@@ -64,11 +66,12 @@ class VllmColocateEngine(RolloutEngine):
         self.max_model_len = config.max_model_len or max_model_len
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         if self.world_size % config.tensor:
-            raise ValueError(
+            raise ConfigError(
                 f"rollout.tensor: {config.tensor} must divide the number of training ranks, {self.world_size}"
             )
         self.engines = self.world_size // config.tensor
-        self.group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        self._asleep = False
         with _process_state_kept():
             self._llm = self._start(str(model_dir), precision)
 
@@ -96,8 +99,16 @@ class VllmColocateEngine(RolloutEngine):
         has gone on to the next layer. Raises RolloutError on every rank where one rank fails."""
         from megatron_opd.rollout.vllm_weights import load_parameters
 
+        def load() -> None:
+            stream = named_parameters()
+            try:  # chain, because vLLM's loaders close a generator that they are given when they fail
+                self._llm.collective_rpc(load_parameters, args=(chain(stream),))
+            finally:
+                for _ in stream:  # where loading failed: the other ranks wait for this one in its collectives
+                    pass
+
         self.weight_version = -1
-        self._everywhere(lambda: self._llm.collective_rpc(load_parameters, args=(named_parameters(),)))
+        self._everywhere(load)
         if not self._llm.reset_prefix_cache():
             raise RolloutError("vLLM kept its prefix cache after a hand-over: requests were still running")
         self.weight_version = version
@@ -119,12 +130,14 @@ class VllmColocateEngine(RolloutEngine):
         return agreeing_probe(rows, names, self.config.sync_tolerance)
 
     def sleep(self) -> None:
-        if torch.cuda.is_available():
+        if torch.cuda.is_available() and not self._asleep:
+            self._asleep = True
             self._llm.sleep(level=1)  # level 2 would drop the parameters: wrong where no hand-over follows the wake
 
     def wake(self) -> None:
-        if torch.cuda.is_available():
+        if self._asleep:
             self._llm.wake_up()
+            self._asleep = False
 
     def close(self) -> None:
         """Frees the engine and vLLM's process groups; the trainer's stay."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator, Sequence
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from megatron_opd.rollout.base import Request, Sampling, Segment
 from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, Rollout
 
 EXTRA_CANDIDATES = 4
+CONTROL_TIMEOUT = timedelta(days=1)  # of groups in which ranks wait for a whole generation; the guard bounds steps
 END_REASONS = {"stop": END_EOS, "length": END_LENGTH}
 
 

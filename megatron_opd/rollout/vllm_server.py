@@ -28,10 +28,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd.config import ConfigError, RolloutConfig
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Watch
 from megatron_opd.rollout.vllm_client import Pool, Replica, ReplicaError, backoff_s
 from megatron_opd.rollout.vllm_common import (
+    CONTROL_TIMEOUT,
     END_REASONS,
     Answer,
     RolloutError,
@@ -61,12 +62,12 @@ class VllmServerEngine(RolloutEngine):
         self.max_model_len = config.max_model_len or max_model_len
         self.distributed = dist.is_initialized()
         self.first = not self.distributed or dist.get_rank() == 0
-        self.group = dist.new_group(backend="gloo") if self.distributed else None
+        self.group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if self.distributed else None
         self.transfer = config.transfer
         if self.transfer == "auto":
             self.transfer = "nccl" if torch.cuda.is_available() else "file"
         if self.transfer != "file" and not torch.cuda.is_available():
-            raise ValueError(f"rollout.transfer: {self.transfer} needs GPUs; without one use transfer: file")
+            raise ConfigError(f"rollout.transfer: {self.transfer} needs GPUs; without one use transfer: file")
         key = os.environ.get(config.api_key_env)
         self.pool = Pool([Replica(url, key, config.server_timeout_s) for url in config.servers], config.max_batch)
         self._run_name = uuid.uuid4().hex[:12]
@@ -106,7 +107,11 @@ class VllmServerEngine(RolloutEngine):
         """Hands the parameters to every server. Raises RolloutError on every rank where no server took them."""
         self.weight_version = -1
         if self.transfer == "file":
-            self._write(named_parameters())
+            stream = named_parameters()
+            if not self.first:
+                for _ in stream:  # it is collective
+                    pass
+            self._on_first(lambda: self._write(stream))
             self._on_first(lambda: self._hand_over(version))
         else:
             self._send_native(named_parameters, version)
@@ -173,13 +178,13 @@ class VllmServerEngine(RolloutEngine):
             time.sleep(pause)
 
     def _write(self, named: Iterator[tuple[str, Tensor]]) -> None:
-        if not self.first:
-            for _ in named:  # the iterator is collective
+        try:
+            if self._files is None:
+                self._files = TransferFiles(self.config.transfer_dir or "/dev/shm", self.config.bucket_mb << 20)
+            self._files.write(named)
+        finally:
+            for _ in named:  # where writing failed: the other ranks wait for this one in the stream's collectives
                 pass
-            return
-        if self._files is None:
-            self._files = TransferFiles(self.config.transfer_dir or "/dev/shm", self.config.bucket_mb << 20)
-        self._files.write(named)
 
     def _hand_over(self, version: int) -> None:
         for attempt in range(self.config.server_retries + 1):

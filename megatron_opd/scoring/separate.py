@@ -128,9 +128,7 @@ def _collect(
     return [{name: parts[i].cpu() for name, parts in split.items()} for i in range(len(rollouts))]
 
 
-def _rows_view(
-    logits: Tensor, rows: Tensor, asked: Candidates, view: Callable[[Tensor, Candidates], Fields]
-) -> Fields:
+def _rows_view(logits: Tensor, rows: Tensor, asked: Candidates, view: Callable[[Tensor, Candidates], Fields]) -> Fields:
     """In pieces, so that no second copy of the logits exists."""
     parts = []
     for start in range(0, max(len(rows), 1), 2048):

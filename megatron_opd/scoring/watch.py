@@ -14,7 +14,7 @@ from megatron_opd.prune import ReliabilityState
 from megatron_opd.rollout.base import Segment
 from megatron_opd.scoring.incremental import SegmentScorer
 from megatron_opd.scoring.view import to_scores
-from megatron_opd.types import Rollout, TeacherScores
+from megatron_opd.types import END_DRIFT, Rollout, TeacherScores
 
 
 class Clock(Protocol):
@@ -89,7 +89,7 @@ class Watcher:
             return rollout
         return Rollout(
             rollout.prompt, rollout.index, rollout.tokens[:n], rollout.logprobs[:n], rollout.topk_ids[:n],
-            rollout.topk_logprobs[:n], rollout.end_reason, rollout.weight_version,
+            rollout.topk_logprobs[:n], END_DRIFT, rollout.weight_version,
         )  # fmt: skip
 
     def _length(self, index: int, total: int) -> int:

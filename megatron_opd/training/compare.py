@@ -7,6 +7,7 @@ and they share what a start costs.
 from __future__ import annotations
 
 from megatron_opd.config import Config, ConfigError
+from megatron_opd.errors import ending
 from megatron_opd.training.loop import advance, begin
 from megatron_opd.training.run import Run
 
@@ -31,13 +32,15 @@ def compare(configs: dict[str, Config]) -> None:
                 "engine: megatron to compare runs in turns"
             )
     runs: list[Run] = []
-    try:
+
+    def close() -> None:
+        for run in reversed(runs):  # each has put its signal handlers over those of the one before
+            run.close()
+
+    with ending(close):
         for name, config in configs.items():
             runs.append(Run(config, name))
         for run in runs:
             begin(run)
         while unfinished := [run for run in runs if not run.finished]:
             advance(min(unfinished, key=lambda run: run.step))
-    finally:
-        for run in reversed(runs):  # each has put its signal handlers over those of the one before
-            run.close()

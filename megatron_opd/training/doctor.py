@@ -18,12 +18,13 @@ from rich.console import Console
 from megatron_opd.config import Config
 from megatron_opd.data.prompts import load_eval_prompts, load_prompts
 from megatron_opd.data.tokenizer import Tokenizer
+from megatron_opd.errors import ending
 from megatron_opd.evaluation.verifiers import VerifierPool, reference_problems
 from megatron_opd.models.build import Model
 from megatron_opd.models.converted import is_converted
 from megatron_opd.prune import drift_events
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
-from megatron_opd.rollout.factory import make_engine
+from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.rollout.reference import largest_difference
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.training.run import check_vocabularies, load_tokenizers
@@ -151,8 +152,8 @@ def _answers(doctor: Doctor) -> str:
 
 def _models(doctor: Doctor, device: torch.device) -> str:
     doctor.trainer = build_trainer(doctor.config, device)
-    check_vocabularies(doctor.trainer)
-    return "; ".join(describe(m) for m in (doctor.trainer.student, doctor.trainer.teacher))
+    notes = check_vocabularies(doctor.trainer, _need_tokenizer(doctor), doctor.config)
+    return "; ".join([*(describe(m) for m in (doctor.trainer.student, doctor.trainer.teacher)), *notes])
 
 
 def describe(model: Model) -> str:
@@ -204,7 +205,9 @@ def _sample_batch(doctor: Doctor) -> list[Rollout]:
         assert trainer is not None
         tokenizer = _need_tokenizer(doctor)
         engine = make_engine(config, trainer.student, set(tokenizer.eos_ids))
-        doctor.rollouts = sample_answers(config, engine, tokenizer, 16, 512)
+        with ending(engine.close):
+            engine.update_parameters(lambda: hf_stream(trainer.student, config), 0)
+            doctor.rollouts = sample_answers(config, engine, tokenizer, 16, 512)
     return doctor.rollouts
 
 

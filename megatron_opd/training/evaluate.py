@@ -13,11 +13,11 @@ from rich.table import Table
 
 from megatron_opd.config import Config, ConfigError
 from megatron_opd.data.tokenizer import check_model_vocabulary, load_tokenizer
+from megatron_opd.errors import ending
 from megatron_opd.evaluation.run import evaluate, load_eval_sets
 from megatron_opd.models.build import build_model, check_layout
-from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.parallel.groups import student_layout
-from megatron_opd.rollout.factory import make_engine
+from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.training.setup import init_distributed
 
 
@@ -42,15 +42,10 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> None:
     check_model_vocabulary(tokenizer, student.vocab_size, directory)
     engine = make_engine(config.model_copy(update={"student": model_config}), student, set(tokenizer.eos_ids))
     is_writer = dist.get_rank() == 0
-    try:
-        bucket = config.rollout.bucket_mb << 20
-        engine.update_parameters(
-            lambda: export_hf_weights(student.chunks, student.bridge, student.layout.groups, bucket), 0
-        )
+    with ending(engine.close):
+        engine.update_parameters(lambda: hf_stream(student, config), 0)
         out = Path(config.run_dir, "eval", Path(directory).name)
         result = evaluate(engine, sets, tokenizer, config.eval, out, 0, is_writer, directory)
-    finally:
-        engine.close()
     if is_writer:
         _print(directory, result, out)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_opd.config import Config
+from megatron_opd.errors import ending
 from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.scoring.judge import judge, use_rewards
 from megatron_opd.scoring.score import score, to_the_end
@@ -20,17 +21,17 @@ class TrainingStopped(RuntimeError):
 def train(config: Config) -> None:
     """Trains to the last step, from the newest checkpoint of `run_dir` where there is one. Collective."""
     run = Run(config)
-    try:
+    with ending(run.close):
         begin(run)
         while not run.finished:
             advance(run)
-    finally:
-        run.close()
 
 
 def begin(run: Run) -> None:
     """What comes before the first step."""
-    if run.config.eval.at_start and run.step == 0:
+    if run.owed is not None:  # the job ended before or in the evaluation of its last step
+        evaluate_and_report(run, run.owed)
+    elif run.config.eval.at_start and run.step == 0:
         run.evaluate()
 
 
@@ -39,19 +40,30 @@ def advance(run: Run) -> None:
     config = run.config
     with run.guard.step(run.step + 1):
         metrics = step(run)
-    if run.eval_sets and (due(run.step, config.eval.every) or (run.finished and config.eval.at_end)):
-        metrics["accuracy"] = run.evaluate()
-    leave = run.guard.asked_to_leave()
-    run.report(metrics)
     saving = due(run.step, config.checkpoint.every)
+    if run.eval_sets and (due(run.step, config.eval.every) or (run.finished and config.eval.at_end)):
+        run.owed = metrics  # part of the checkpoint: an evaluation may take longer than the notice before a job's end
+        run.checkpoints.after_step(run.step, run.state, wanted=saving)
+        saving = False
+        if not run.guard.asked_to_leave():
+            evaluate_and_report(run, metrics)
+    else:
+        run.report(metrics)
+    leave = run.guard.asked_to_leave()
     run.checkpoints.after_step(run.step, run.state, wanted=saving, must=run.finished or bool(leave))
     if run.totals.bad_in_a_row >= config.train.max_bad_steps:
         raise TrainingStopped(
             f"{run.totals.bad_in_a_row} steps in a row were not finite (train.max_bad_steps); the last: "
             f"{metrics['skipped']}"
         )
-    if leave and not run.finished:
+    if leave and (run.owed is not None or not run.finished):
         raise Requeue(f"{leave}: step {run.step} is finished and saved; start again to go on")
+
+
+def evaluate_and_report(run: Run, metrics: dict[str, Any]) -> None:
+    metrics["accuracy"] = run.evaluate()
+    run.owed = None
+    run.report(metrics)
 
 
 def step(run: Run) -> dict[str, Any]:

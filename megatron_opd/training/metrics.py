@@ -119,6 +119,18 @@ class MetricsLog:
                 self.board.close()
 
 
+def was_reported(run_dir: str, step: int) -> bool:
+    """Whether RUN/metrics.jsonl has a whole line of this step."""
+    path = Path(run_dir, "metrics.jsonl")
+    for line in path.read_text(encoding="utf-8").splitlines()[::-1] if path.exists() else ():
+        try:
+            if json.loads(line)["step"] == step:
+                return True
+        except (ValueError, KeyError):
+            continue
+    return False
+
+
 class StepProgress:
     """A live bar in a terminal; one plain line a step in a log, and for a run that has a label."""
 

@@ -17,13 +17,12 @@ from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
 from megatron_opd.evaluation.verifiers import Case, VerifierPool
-from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.prune import ResponseBudget
 from megatron_opd.rollout.base import RolloutEngine
-from megatron_opd.rollout.factory import make_engine
+from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.training.bad_steps import dump_bad_step
 from megatron_opd.training.guard import Guard
-from megatron_opd.training.metrics import MetricsLog, StepProgress
+from megatron_opd.training.metrics import MetricsLog, StepProgress, was_reported
 from megatron_opd.training.probe import HandoverProbe
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
@@ -66,14 +65,14 @@ class Run:
         self.loader = PromptLoader(prompts, config.train.seed, config.data.shuffle)
         self.trainer: Trainer = build_trainer(config, self.device)
         student = self.trainer.student
-        check_model_vocabulary(self.tokenizer, student.vocab_size, config.student.model)
-        check_vocabularies(self.trainer)
+        notes += check_vocabularies(self.trainer, self.tokenizer, config)
         self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
         self.training_step = TrainingStep(self.trainer, config)
         self.budget = make_budget(config)
         self.totals = Totals()
         self.verifiers: VerifierPool | None = None
         self.step = 0
+        self.owed: dict[str, Any] | None = None  # the last step's metrics while their evaluation is not done
         name = [uuid.uuid4().hex]  # tells this run's saved answers from those of an earlier one in the same directory
         dist.broadcast_object_list(name, 0)
         self.name = name[0]
@@ -81,7 +80,8 @@ class Run:
         for note in [*notes, prompts.summary()]:
             self.say(note)
         self._resume()
-        self.metrics = MetricsLog(config.run_dir, self.step + 1) if self.is_writer else None
+        first = self.step + (self.owed is None)  # that is still to be reported
+        self.metrics = MetricsLog(config.run_dir, first) if self.is_writer else None
         if self.is_writer:
             Path(config.run_dir, "config.yaml").write_text(dump_config(config), encoding="utf-8")
         self.probe = None
@@ -121,11 +121,8 @@ class Run:
     def hand_over(self) -> dict[str, float]:
         """Gives the engine the current parameters; also before the first step, so that a broken path fails early.
         Returns the probe's gaps, for engines that have one."""
-        student = self.trainer.student
-        bucket = self.config.rollout.bucket_mb << 20
-        self.engine.update_parameters(
-            lambda: export_hf_weights(student.chunks, student.bridge, student.layout.groups, bucket), self.step
-        )
+        self.engine.wake()  # it sleeps while the student trains; evaluations and the next rollout find it awake
+        self.engine.update_parameters(lambda: hf_stream(self.trainer.student, self.config), self.step)
         return self.probe() if self.probe is not None else {}
 
     def evaluate(self) -> dict[str, float]:
@@ -143,7 +140,10 @@ class Run:
         values = [0.0] * len(rollouts)
         if self.is_writer:
             if self.verifiers is None:
-                self.verifiers = VerifierPool(self.config.data.verifier, self.config.eval.verifier_timeout_s)
+                settings = self.config.eval
+                self.verifiers = VerifierPool(
+                    self.config.data.verifier, settings.verifier_timeout_s, settings.verifier_workers
+                )
             places = sorted(members)
             asked = [(rollouts[i], rollouts[i].prompt) for i in places]
             cases = [
@@ -164,6 +164,7 @@ class Run:
             "loader": self.loader.state_dict(),
             "totals": vars(self.totals).copy(),
             "norms": list(self.training_step.norms),
+            "owed": self.owed,
         }
 
     def _resume(self) -> None:
@@ -171,11 +172,30 @@ class Run:
         if state is None:
             return
         self.step, self.name = state["step"], state["name"]
-        self.budget.load_state_dict(state["budget"])
+        self._resume_budget(state["budget"])
         self.loader.load_state_dict(state["loader"])
         self.totals = Totals(**state["totals"])
         self.training_step.norms = state["norms"]
+        owed = [state.get("owed")]
+        if self.is_writer and was_reported(self.config.run_dir, self.step):  # after the checkpoint was written
+            owed = [None]
+        dist.broadcast_object_list(owed, 0)
+        self.owed = owed[0]
         self.say(f"resumed at step {self.step}")
+
+    def _resume_budget(self, saved: dict[str, Any]) -> None:
+        """The config's settings win, as for the learning rate: who resumes with another maximum means it."""
+        if self.config.prune.signal == "none":
+            return
+        own = self.budget.state_dict()
+        settings = own.keys() - {"current", "no_hit_steps", "last_hit_ratio"}
+        current = min(max(saved["current"], own["minimum"]), own["maximum"])
+        patience = min(saved["no_hit_steps"], own["patience"] - 1)
+        kept = {key: own[key] for key in settings} | {"current": current, "no_hit_steps": patience}
+        self.budget.load_state_dict(saved | kept)
+        changed = [f"{key} {saved[key]} -> {own[key]}" for key in sorted(settings) if saved[key] != own[key]]
+        if changed:
+            self.say(f"prune.budget has changed since the checkpoint: {', '.join(changed)}; goes on at {current}")
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -195,14 +215,22 @@ def load_tokenizers(config: Config) -> tuple[Tokenizer, list[str]]:
     return tokenizer, compare_tokenizers(tokenizer, load_tokenizer(config.teacher.model))
 
 
-def check_vocabularies(trainer: Trainer) -> None:
-    """Raises ConfigError where student and teacher embed different numbers of tokens."""
+def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -> list[str]:
+    """Both models embed every id of the tokenizer; where one has more ids beyond it than the other (Qwen2.5's 1.5B and
+    7B, say), both go on with those that they share. Returns what to tell the user.
+
+    Raises TokenizerError where a model lacks an id, ConfigError where fused scoring would meet shards of two widths.
+    """
     student, teacher = trainer.student, trainer.teacher
-    if student.vocab_size != teacher.vocab_size:
-        raise ConfigError(
-            f"student.model has a vocabulary of {student.vocab_size}, teacher.model one of {teacher.vocab_size}; "
-            "the overlap compares them id by id, so they must be equal"
-        )
+    check_model_vocabulary(tokenizer, student.vocab_size, config.student.model)
+    check_model_vocabulary(tokenizer, teacher.vocab_size, config.teacher.model)
+    if student.vocab_size == teacher.vocab_size:
+        return []
+    sizes = f"student.model embeds {student.vocab_size} ids, teacher.model {teacher.vocab_size}"
+    if config.score.mode == "fused":
+        raise ConfigError(f"{sizes}: their logits differ in width; set score.mode: separate")
+    student.vocab_size = teacher.vocab_size = min(student.vocab_size, teacher.vocab_size)
+    return [f"{sizes}; the tokenizer has {tokenizer.vocab_size}, and ids from {student.vocab_size} on are padding"]
 
 
 def make_budget(config: Config) -> ResponseBudget:

@@ -35,21 +35,22 @@ class Trainer:
 
 def init_distributed(config: Config) -> torch.device:
     """Joins the process group that torchrun or srun started; a lone process makes its own of one."""
-    refuse_foreign_apex()
-    cpu = use_cpu(config.device)
-    if cpu:
-        apply_cpu_platform()
-        device = torch.device("cpu")
-    else:
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-        torch.cuda.set_device(device)
     try:
+        refuse_foreign_apex()
+        cpu = use_cpu(config.device)
+        if cpu:
+            apply_cpu_platform()
+            device = torch.device("cpu")
+        else:
+            device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+            torch.cuda.set_device(device)
         set_kernels(config.loss.kernels)
         kernel_backend(device)
     except RuntimeError as error:
         raise ConfigError(str(error)) from None
     if not dist.is_initialized():
-        for name, value in (("RANK", "0"), ("WORLD_SIZE", "1"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "0")):
+        alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+        for name, value in alone.items():
             os.environ.setdefault(name, value)
         dist.init_process_group(
             "gloo" if cpu else "cpu:gloo,cuda:nccl", timeout=timedelta(seconds=config.train.watchdog_s)

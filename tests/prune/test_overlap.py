@@ -84,9 +84,7 @@ def _traffic(group):
         return record
 
     logits = torch.randn(TOKENS, 64).bfloat16()
-    with mock.patch.multiple(
-        dist, all_reduce=recorded(dist.all_reduce, 0), all_gather=recorded(dist.all_gather, 1)
-    ):
+    with mock.patch.multiple(dist, all_reduce=recorded(dist.all_reduce, 0), all_gather=recorded(dist.all_gather, 1)):
         topk_overlap(logits, logits, 16, group)
     return sent
 

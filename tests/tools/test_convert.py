@@ -43,7 +43,10 @@ def hf(tmp_path_factory) -> Path:
     directory = make("qwen3_tied", tmp_path_factory.mktemp("hf") / "model", torch.bfloat16, shard="20KB")
     words = iter(["To find how many apples are left, start with twelve (12 - 2) / 2 = 5."] * 50)
     sentencepiece.SentencePieceTrainer.train(
-        sentence_iterator=words, model_prefix=str(directory / "tokenizer"), vocab_size=60, model_type="bpe",
+        sentence_iterator=words,
+        model_prefix=str(directory / "tokenizer"),
+        vocab_size=60,
+        model_type="bpe",
         minloglevel=2,
     )
     (directory / "tokenizer.vocab").unlink()

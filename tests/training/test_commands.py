@@ -67,3 +67,14 @@ def test_doctor_is_content_with_the_example_and_names_what_is_wrong(tmp_path: Pa
     done = run(*command, f"data.prompts={tmp_path / 'none.jsonl'}", f"run_dir={tmp_path / 'run'}")
     assert done.returncode == 1
     assert any(line.startswith("FAIL  prompts:") and "none.jsonl" in line for line in done.stdout.splitlines())
+
+
+def test_doctor_of_a_lone_process_with_vllm(tmp_path: Path) -> None:
+    done = run(
+        "-m", "megatron_opd.cli", "doctor", str(EXAMPLE / "close.yaml"), "--nproc", "1", f"run_dir={tmp_path / 'run'}",
+        "rollout.engine=vllm", "rollout.cpu_cache_mb=128", "student.parallel={tensor: 1}",
+        "teacher.parallel={pipeline: 1}", "train.prompts_per_step=4",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    for check in ("student as its own teacher", "drift of the first batch"):
+        assert f"ok    {check}:" in done.stdout, done.stdout

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.distributed import run_distributed
-from tests.tiny_run import Case, Outcome, TinyRun, run_cases
+from tests.tiny_run import CONFIG, Case, Outcome, TinyRun, run_cases
 
 STEPS = 5
 
@@ -75,10 +75,21 @@ def lock_of_another_job(run_dir: Path) -> None:
     lock.path.write_text(json.dumps(owner))
 
 
+EVALUATED = (
+    "eval.every=2",
+    "eval.sets=[{name: sums, prompts: FOLDER/prompts.jsonl, verifier: exact, max_tokens: 4, limit: 3}]",
+)
 CASES = [
     Case("plain"),
     Case("signalled", before_step=partial(send, 1, 3, signal.SIGUSR1)),
     Case("signalled"),
+    Case("evaluated", EVALUATED),
+    Case("evaluated_later", EVALUATED, before_step=partial(send, 1, 4, signal.SIGUSR1)),
+    Case("evaluated_later", EVALUATED, before_step=partial(send, 0, STEPS, signal.SIGTERM)),
+    Case("evaluated_later", EVALUATED),
+    Case("evaluated_later", EVALUATED),
+    Case("smaller_budget", ("prune.budget.maximum=12", "prune.budget.patience=2"), resumes=("plain", 2)),
+    Case("no_signal", ("prune.preset=off",), resumes=("plain", 2)),
     Case("damaged", resumes=("plain", 2), prepare=damage),
     Case("only_damaged", prepare=empty_checkpoint),
     Case("never", ("checkpoint.resume=never",), resumes=("plain", 2)),
@@ -141,6 +152,28 @@ def test_a_signal_to_one_rank_ends_all_and_the_run_goes_on(finished: Finished) -
     assert first.exit_code == 75 and "SIGUSR1: step 3 is finished and saved" in first.error
     assert second.error == "" and "resumed at step 3" in second.said
     assert finished.metrics("signalled") == finished.metrics("plain")
+
+
+def test_a_signal_is_not_kept_waiting_by_an_evaluation(finished: Finished) -> None:
+    """The step is saved, and its evaluation is made up for after the restart, also the last step's."""
+    before, at_the_end, made_up, nothing_left = finished.outcomes["evaluated_later"]
+    assert before.exit_code == at_the_end.exit_code == 75
+    assert "eval sums" not in before.said.partition("step 3/5")[2]
+    assert "resumed at step 4" in at_the_end.said and "step 4  eval sums" in at_the_end.said
+    assert made_up.error == nothing_left.error == ""
+    assert "step 5  eval sums" in made_up.said and "eval" not in nothing_left.said
+    lines = finished.metrics("evaluated")
+    assert [m["step"] for m in lines if "accuracy" in m] == [2, 4, 5]
+    assert finished.metrics("evaluated_later") == lines
+
+
+def test_the_configs_budget_wins_over_the_checkpoints(finished: Finished) -> None:
+    assert finished.only("smaller_budget").error == "" == finished.only("no_signal").error
+    assert "prune.budget has changed since the checkpoint: maximum" in finished.only("smaller_budget").said
+    assert max(m["budget"] for m in finished.metrics("smaller_budget")[2:]) <= 12
+    assert max(m["budget"] for m in finished.metrics("plain")[2:]) > 12
+    unwatched = finished.metrics("no_signal")[2:]
+    assert {m["budget"] for m in unwatched} == {CONFIG["prune"]["budget"]["maximum"]}
 
 
 def test_damaged_checkpoints_are_named_and_skipped(finished: Finished) -> None:
