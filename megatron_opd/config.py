@@ -166,9 +166,9 @@ class RolloutConfig(_Section):
     """Directory for `transfer: file` that servers can read; null takes /dev/shm on one node."""
     bucket_mb: Positive = 512
     """Parameters are gathered and handed over in buckets of at most this size."""
-    sync_tolerance: float | None = Field(default=None, gt=0)
-    """Largest gap (nats) between the engine's and the trainer's log-probs on the probe prompt after a hand-over. null
-    takes 0.02 for `student.precision: fp32` and 1.0 for bf16, whose logits of 16 to 32 are 0.125 apart."""
+    sync_tolerance: float = Field(default=0.02, gt=0)
+    """Largest gap (nats) between the engine's and the trainer's log-probs on the probe prompt after a hand-over. Where
+    it is not given and `student.precision` is bf16, it is 1.0: bf16 logits of 16 to 32 are 0.125 apart."""
     gap_threshold: float = Field(default=0.5, gt=0)
     """A sampled token whose rollout and student log-probs differ by more (nats) is counted in the metrics."""
     importance_clip: float | None = Field(default=None, gt=0)
@@ -546,8 +546,8 @@ class Config(_Section):
             problems.append(f"eval.sets: names must differ, got {names}")
         if problems:
             raise ValueError("; ".join(problems))
-        if self.rollout.sync_tolerance is None:
-            self.rollout.sync_tolerance = 0.02 if self.student.precision == "fp32" else 1.0
+        if self.student.precision == "bf16" and "sync_tolerance" not in self.rollout.model_fields_set:
+            self.rollout.sync_tolerance = 1.0
         return self
 
 

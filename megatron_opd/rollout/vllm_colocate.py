@@ -180,7 +180,8 @@ class VllmColocateEngine(RolloutEngine):
         if gpu:
             arguments |= dict(gpu_memory_utilization=config.gpu_memory_utilization, enable_sleep_mode=True)
         else:
-            arguments |= dict(kv_cache_memory_bytes=config.cpu_cache_mb << 20)
+            # vLLM 0.32 winds a seeded generator back where it splits a prompt, which a CPU's generator cannot
+            arguments |= dict(kv_cache_memory_bytes=config.cpu_cache_mb << 20, enable_chunked_prefill=False)
         with self._own_shared_memory():
             llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
         llm.engine_core._finalizer.detach()  # type: ignore[attr-defined]  # would end the trainer's process groups too; see close()

@@ -86,6 +86,7 @@ def serve_command(args: argparse.Namespace, gpu: bool) -> tuple[list[str], dict[
         if args.tensor == 1:
             environment["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # model and scheduler in one process: starts sooner
         command += ["--enforce-eager", "--kv-cache-memory-bytes", str(args.cpu_cache_mb << 20)]
+        command += ["--no-enable-chunked-prefill"]  # a prompt in parts needs generators that only GPUs have
     return command + args.vllm, environment
 
 

@@ -18,6 +18,7 @@ from tests.rollout.vllm_tiny import (
     UNCOMPILED,
     Watcher,
     load,
+    long_requests,
     make_models,
     named,
     probe_reference,
@@ -33,11 +34,11 @@ TOLERANCE = 1e-4  # nats
 SAMPLING = Sampling(max_tokens=40, seed=5, top_logprobs=16)
 
 
-def build(paths, tensor=1):
+def build(paths, tensor=1, max_batch=4):
     os.environ.update(UNCOMPILED)  # before vLLM is imported
     from megatron_opd.rollout.vllm_colocate import VllmColocateEngine
 
-    config = RolloutConfig(engine="vllm", max_batch=4, cpu_cache_mb=32, tensor=tensor)
+    config = RolloutConfig(engine="vllm", max_batch=max_batch, cpu_cache_mb=32, tensor=tensor)
     return VllmColocateEngine(config, paths[0], EOS, MAX_LEN, "fp32")
 
 
@@ -89,7 +90,13 @@ def one_rank(rank, world_size, paths):
     result["second_probe"] = (engine.probe(PROBE) - probe_reference(second)).abs().max().item()
     result["skipped_probe"] = (engine.probe(PROBE) - probe_reference(first)).abs().max().item()
     engine.close()
-    torch.distributed.barrier()  # the trainer's own group outlives the engine
+
+    wide = build(paths, max_batch=64)
+    wide.update_parameters(named(first), 0)
+    asked = long_requests(64, 60)  # more prompt tokens at once than vLLM computes in one step
+    result["long_gap"] = worst_gap(first, wide.generate(asked, Sampling(4, seed=5, top_logprobs=4)))
+    wide.close()
+    torch.distributed.barrier()  # the trainer's own group outlives the engines
     return result
 
 
@@ -106,6 +113,10 @@ def single(paths):
 def test_logprobs_agree_with_transformers_before_and_after_a_handover(single):
     assert single["gap"] < TOLERANCE
     assert single["second_gap"] < TOLERANCE
+
+
+def test_more_prompt_tokens_than_one_step_takes(single):
+    assert single["long_gap"] < TOLERANCE
 
 
 def test_logprobs_are_those_of_temperature_one_before_top_p(single):

@@ -50,6 +50,12 @@ def requests(count: int) -> list[Request]:
     return [Request(prompts[i // 2], i) for i in range(count)]
 
 
+def long_requests(count: int, length: int) -> list[Request]:
+    """Prompts of `length` random tokens."""
+    tokens = torch.randint(10, VOCAB, (count, length), generator=torch.Generator().manual_seed(0)).tolist()
+    return [Request(Prompt(i, "", row), i) for i, row in enumerate(tokens)]
+
+
 def response_logprobs(model: Qwen3ForCausalLM, rollout: Rollout) -> Tensor:
     """Log-probs [T, V] of every response position."""
     tokens = rollout.prompt.tokens + rollout.tokens.tolist()
