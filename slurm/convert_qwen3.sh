@@ -23,6 +23,10 @@ MODELS=${MODELS:-$HOME/models}
 SOURCES=${SOURCES:-$MODELS/Qwen3-4B $MODELS/Qwen3-8B}
 DESTINATION=${DESTINATION:-$MODELS/converted}
 
+if [[ -n ${CONTAINER_IMAGE:-} ]]; then
+  echo "convert_qwen3.sh runs on the node itself, and CONTAINER_IMAGE is set: unset it, or run tools/convert.py inside" >&2
+  exit 2
+fi
 REPO=${REPO:-${SLURM_SUBMIT_DIR:?submit this script with sbatch}}
 if [[ -z ${PYTHON:-} ]]; then PYTHON=$REPO/.venv/bin/python; [[ -x $PYTHON ]] || PYTHON=python3; fi
 export OMP_NUM_THREADS=${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-8}}

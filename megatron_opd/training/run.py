@@ -187,15 +187,14 @@ class Run:
         """The config's settings win, as for the learning rate: who resumes with another maximum means it."""
         if self.config.prune.signal == "none":
             return
-        own = self.budget.state_dict()
-        settings = own.keys() - {"current", "no_hit_steps", "last_hit_ratio"}
-        current = min(max(saved["current"], own["minimum"]), own["maximum"])
-        patience = min(saved["no_hit_steps"], own["patience"] - 1)
-        kept = {key: own[key] for key in settings} | {"current": current, "no_hit_steps": patience}
-        self.budget.load_state_dict(saved | kept)
-        changed = [f"{key} {saved[key]} -> {own[key]}" for key in sorted(settings) if saved[key] != own[key]]
+        budget = self.budget
+        changed = [f"{key} {saved[key]} -> {value}" for key, value in self.config.prune.budget if saved[key] != value]
+        budget.current = min(max(saved["current"], budget.minimum), budget.maximum)
+        budget.no_hit_steps = min(saved["no_hit_steps"], budget.patience - 1)
+        budget.last_hit_ratio = saved["last_hit_ratio"]
         if changed:
-            self.say(f"prune.budget has changed since the checkpoint: {', '.join(changed)}; goes on at {current}")
+            said = f"prune.budget has changed since the checkpoint: {', '.join(changed)}"
+            self.say(f"{said}; goes on at {budget.current}")
 
     def close(self) -> None:
         self.checkpoints.close()
@@ -229,6 +228,8 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
     sizes = f"student.model embeds {student.vocab_size} ids, teacher.model {teacher.vocab_size}"
     if config.score.mode == "fused":
         raise ConfigError(f"{sizes}: their logits differ in width; set score.mode: separate")
+    if config.rollout.engine == "vllm" and student.vocab_size > teacher.vocab_size:
+        raise ConfigError(f"{sizes}: vLLM would sample ids that the teacher lacks; set rollout.engine: megatron")
     student.vocab_size = teacher.vocab_size = min(student.vocab_size, teacher.vocab_size)
     return [f"{sizes}; the tokenizer has {tokenizer.vocab_size}, and ids from {student.vocab_size} on are padding"]
 

@@ -43,11 +43,12 @@ def init_distributed(config: Config) -> torch.device:
             device = torch.device("cpu")
         else:
             device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
-            torch.cuda.set_device(device)
         set_kernels(config.loss.kernels)
         kernel_backend(device)
     except RuntimeError as error:
         raise ConfigError(str(error)) from None
+    if not cpu:
+        torch.cuda.set_device(device)  # its failure is the machine's, not the config's
     if not dist.is_initialized():
         alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         for name, value in alone.items():

@@ -69,6 +69,8 @@ def _compute(rank, world, group=None):
         topk_membership(s, torch.zeros(TOKENS, 1).long(), 16, group, 103)
     except FloatingPointError as error:
         out["nan_error"] = str(error)
+    likeliest = teacher[:, :103].nan_to_num(-100.0).argmax(1)
+    out["nan_accepted"] = teacher_top_p_accept(t, likeliest, 16, 0.5, group, 103)
     return out
 
 
@@ -131,6 +133,7 @@ def test_equal_to_plain_sorting_on_every_rank(world, distributed):
         unknown = result["nan"].isnan().nonzero().flatten().tolist()
         assert unknown == [2, 9], "a NaN reaches every rank, and only its own token"
         assert "NaN among the logits of 1 token" in result["nan_error"]
+        assert (~result["nan_accepted"]).nonzero().flatten().tolist() == [9]  # a broken token refuses its likeliest id
 
 
 def test_only_values_and_one_integer_per_token_travel(distributed):

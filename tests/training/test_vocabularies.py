@@ -18,6 +18,7 @@ CASES = [
     Case("in_flight", ("prune.preset=in_flight",)),
     Case("wide_in_flight", ("prune.preset=in_flight", "teacher.model=FOLDER/wide_teacher")),
     Case("wide_student", ("student.model=FOLDER/wide_student",)),
+    Case("wide_student_vllm", ("student.model=FOLDER/wide_student", "rollout.engine=vllm")),
     Case("fused", ("teacher.model=FOLDER/wide_teacher", "score.mode=fused", *PARALLEL)),
     Case("narrow", ("teacher.model=FOLDER/narrow",)),
 ]
@@ -67,5 +68,6 @@ def test_a_student_with_more_ids_trains(finished):
 
 def test_what_cannot_work_is_refused(finished):
     _, outcomes = finished
+    assert "set rollout.engine: megatron" in outcomes["wide_student_vllm"].error
     assert "their logits differ in width; set score.mode: separate" in outcomes["fused"].error
     assert outcomes["narrow"].exit_code == 2 and "embeds only" in outcomes["narrow"].error
