@@ -1,6 +1,6 @@
 """Prints the accuracy of each model under models/ on the held-out prompts, with transformers alone.
 
-    python examples/tiny/measure.py [--models DIR ...] [--limit N]
+python examples/tiny/measure.py [--models DIR ...] [--limit N]
 """
 
 from __future__ import annotations
