@@ -29,7 +29,10 @@ import psutil
 import yaml
 
 LIMIT_S = 900  # of one start of the processes; far more than it takes on a busy machine
-RENAMED = {"train.responses_per_prompt": "train.answers_per_prompt"}  # today's key: the one before it
+RENAMED = {  # today's key: the one before it
+    "train.responses_per_prompt": "train.answers_per_prompt",
+    "eval.sets.responses_per_prompt": "eval.sets.answers_per_prompt",
+}
 KEY_ENV, SERVER_KEY = "MEGATRON_OPD_VLLM_API_KEY", secrets.token_hex(16)
 VERIFIER = '''"""Accepts about half of all responses, however short, so that rewards and accuracies are not all zero."""
 
@@ -64,14 +67,14 @@ CONFIG: dict[str, Any] = {
 CLOSE = ("student.model=MODELS/student_close", "prune.threshold=0.8")
 IN_FLIGHT = ("prune.preset=in_flight",)
 UNTIL_SPENT = ("prune.cut=reliability", "prune.w_base=0")
-NUCLEUS = ("prune.signal=teacher_top_p", "prune.teacher_top_p=0.3")
+NUCLEUS = ("prune.signal=teacher_top_p", "prune.w_drop=0.3", "rollout.temperature=2")  # the two models agree at 1
 FUSED = ("score.mode=fused",)
 PRESETS = {"paper": (), "off": ("prune.preset=off",), "in_flight": IN_FLIGHT}
 EVALUATION = (
     "eval.every=2",
     "eval.at_start=true",
     "eval.sets=[{name: even, prompts: PROMPTS/eval.jsonl, verifier: 'verifier_of_identical_metrics:even', limit: 4, "
-    "max_tokens: 16, answers_per_prompt: 2}]",
+    "max_tokens: 16, responses_per_prompt: 2}]",
 )
 
 
@@ -333,6 +336,10 @@ class Checkout:
 
     def _override(self, text: str) -> str:
         key, _, value = text.partition("=")
+        for today, before in self.spelling.items():  # inside a value that is a section: eval.sets=[{...}]
+            section, _, leaf = today.rpartition(".")
+            if section == key:
+                value = value.replace(f"{leaf}:", f"{before.rpartition('.')[2]}:")
         return f"{self._spelled(key)}={self._placed(value)}"
 
     def _spelled(self, key: str) -> str:

@@ -22,9 +22,11 @@ CLI = """
 import json, pathlib, sys, time, yaml
 LINES, KEY = json.loads({lines!r}), {key!r}
 if sys.argv[1] == "keys":
-    print(KEY + "\\n    How many.")
+    print("train." + KEY + "\\n    How many.\\neval.sets." + KEY + "\\n    How many.")
     sys.exit()
-if KEY.split(".")[1] not in yaml.safe_load(open(sys.argv[2]))["train"]:
+sections = [yaml.safe_load(open(sys.argv[2]))["train"]]
+sections += [yaml.safe_load(text[10:])[0] for text in sys.argv if text.startswith("eval.sets=")]
+if not all(KEY in section for section in sections):
     sys.exit("a key is missing: " + KEY)
 (run_dir,) = [text.partition("=")[2] for text in sys.argv if text.startswith("run_dir=")]
 for name in [sys.argv[i + 1] for i, text in enumerate(sys.argv) if text == "--variant"]:
@@ -35,12 +37,12 @@ for name in [sys.argv[i + 1] for i, text in enumerate(sys.argv) if text == "--va
 """
 
 
-def package(root: Path, key: str = "train.responses_per_prompt", **lines: list[dict[str, Any]]) -> Path:
+def package(root: Path, key: str = "responses_per_prompt", **lines: list[dict[str, Any]]) -> Path:
     """A checkout whose `compare` writes these lines for a run of that name, and LINES for the others."""
     folder = root / "megatron_opd"
     folder.mkdir(parents=True)
     (folder / "__init__.py").write_text("")
-    written = json.dumps({"paper": LINES, "off": LINES} | lines)
+    written = json.dumps({"paper": LINES, "off": LINES, "evaluation": LINES} | lines)
     (folder / "cli.py").write_text(CLI.format(lines=written, key=key))
     return root
 
@@ -52,10 +54,10 @@ def changed(step: int, **values: Any) -> list[dict[str, Any]]:
 
 
 def test_equal_runs_pass_whatever_the_times_and_the_spelling_of_a_renamed_key(tmp_path, capsys):
-    before = package(tmp_path / "before", key="train.answers_per_prompt")
+    before = package(tmp_path / "before", key="answers_per_prompt")
     after = package(tmp_path / "after")
-    assert identical_metrics.main([str(before), str(after), *CASES]) == 0
-    assert capsys.readouterr().out == "2 runs, 24 numbers: identical\n"
+    assert identical_metrics.main([str(before), str(after), *CASES, "tp2/evaluation"]) == 0
+    assert capsys.readouterr().out == "3 runs, 36 numbers: identical\n"
 
 
 @pytest.mark.parametrize(
