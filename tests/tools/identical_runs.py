@@ -164,9 +164,13 @@ MATRIX = (
     Launch(
         "vllm_server",
         # One response at a time: which ones a server computes together depends on the moment at which they arrive, and
-        # so does their rounding.
+        # so does their rounding. In flight one response in all, since the next one goes on while the teacher looks.
         (*COLOCATE, "rollout.mode=server", "rollout.max_batch=1", "rollout.server_retries=8"),
-        {**PRESETS, "until_spent": UNTIL_SPENT},
+        {
+            **PRESETS,
+            "until_spent": UNTIL_SPENT,
+            "in_flight": (*IN_FLIGHT, "train.prompts_per_step=1", "train.responses_per_prompt=1"),
+        },
         "server",
     ),
 )
