@@ -161,6 +161,7 @@ MATRIX = (
     ),
     *(Launch(f"vllm_{name}", COLOCATE, {"colocate": own}, "vllm") for name, own in PRESETS.items()),
     Launch("vllm_until_spent", COLOCATE, {"colocate": UNTIL_SPENT}, "vllm"),
+    Launch("vllm_fused", COLOCATE, {"colocate": (*FUSED, f"teacher.parallel={{{TP2}}}")}, "vllm"),
     Launch(
         "vllm_server",
         # One response at a time: which ones a server computes together depends on the moment at which they arrive, and
@@ -170,6 +171,7 @@ MATRIX = (
             **PRESETS,
             "until_spent": UNTIL_SPENT,
             "in_flight": (*IN_FLIGHT, "train.prompts_per_step=1", "train.responses_per_prompt=1"),
+            "fused": (*FUSED, f"teacher.parallel={{{TP2}}}"),
         },
         "server",
     ),
