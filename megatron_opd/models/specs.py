@@ -11,6 +11,8 @@ from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_opd.compat.transformer_engine import import_transformer_engine
+from megatron_opd.compat.versions import VersionError
 from megatron_opd.config import ConfigError, ModelConfig
 from megatron_opd.models.fp8 import check_fp8
 from megatron_opd.models.packed import PackedAttention, PackedRow
@@ -30,7 +32,6 @@ def use_transformer_engine(name: str, model: ModelConfig, cpu: bool) -> bool:
     Raises:
         ConfigError: what the config asks for cannot run here, with the reason. Nothing falls back in silence.
     """
-    found = importlib.util.find_spec("transformer_engine") is not None
     if cpu:
         if model.fp8:
             raise ConfigError(f"{name}.fp8: {model.fp8} needs a GPU with FP8 and Transformer Engine; set fp8: null")
@@ -39,11 +40,13 @@ def use_transformer_engine(name: str, model: ModelConfig, cpu: bool) -> bool:
         return False
     if model.implementation == "local":
         return False
-    if not found:
+    try:
+        import_transformer_engine()
+    except VersionError as error:
         raise ConfigError(
-            f"{name}.implementation: {model.implementation} needs the package transformer-engine, which is not "
-            "installed; pip install 'megatron_opd[gpu]' or set implementation: local"
-        )
+            f"{name}.implementation: {model.implementation} needs Transformer Engine: {error}; or set "
+            f"{name}.implementation: local"
+        ) from error
     check_fp8(name, model, torch.cuda.get_device_capability(), torch.version.cuda)
     return True
 

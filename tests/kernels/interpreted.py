@@ -41,6 +41,16 @@ def _fast_xor() -> None:
     interpreter.ReduceOps.apply_impl = apply
 
 
+def _constants_in_bf16() -> None:
+    """The interpreter of Triton 3.7, which torch 2.13 for CUDA brings, makes constants of every float but this."""
+
+    def get_bf16(self, value):
+        return self.create_fp_trunc(self.get_fp32(value), tl.bfloat16)
+
+    if not hasattr(interpreter.InterpreterBuilder, "get_bf16"):
+        interpreter.InterpreterBuilder.get_bf16 = get_bf16
+
+
 def stats_in_parts(case: Case) -> None:
     """Few rows: each is split over several programs, the last of which may have fewer columns than k."""
     before = triton_launch._PART
@@ -126,6 +136,7 @@ CHECKS = (
 
 def main() -> None:
     _fast_xor()
+    _constants_in_bf16()
     set_kernels("triton")
     found = {}
     for name, (check, arguments) in CHECKS.items():

