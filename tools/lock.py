@@ -73,19 +73,20 @@ def asked_extras(packages: list[dict]) -> dict[str, set[str]]:
     return found
 
 
-def locked(package: dict, extras: set[str]) -> str | None:
-    """`name[extras]==version --hash=...`; None for this project itself."""
+def locked(package: dict, extras: set[str]) -> list[str]:
+    """`name==version --hash=...` and the same with extras, as pip wants each; nothing for this project itself."""
     source = package["download_info"]
     if "dir_info" in source:
-        return None
+        return []
     url = urlsplit(source["url"])
     digest = source.get("archive_info", {}).get("hashes", {}).get("sha256")
     if url.scheme == "file":  # pip gives no hash of files on this disk
         digest = hashlib.sha256(Path(unquote(url.path)).read_bytes()).hexdigest()
     if not digest:
         raise SystemExit(f"lock: {source['url']} has no sha256")
-    name = name_of(package) + (f"[{','.join(sorted(extras))}]" if extras else "")
-    return f"{name}=={package['metadata']['version']} --hash=sha256:{digest}"
+    end = f"=={package['metadata']['version']} --hash=sha256:{digest}"
+    name = name_of(package)
+    return [name + end, *([f"{name}[{','.join(sorted(extras))}]{end}"] if extras else [])]
 
 
 def write(path: Path, requirements: list[str], packages: list[dict]) -> None:
@@ -93,10 +94,10 @@ def write(path: Path, requirements: list[str], packages: list[dict]) -> None:
     for text in requirements:
         if "[" in text and not text.startswith("."):
             extras.setdefault(canonicalize_name(Requirement(text).name), set()).update(Requirement(text).extras)
-    lines = sorted(line for package in packages if (line := locked(package, extras.get(name_of(package), set()))))
+    lines = sorted(line for package in packages for line in locked(package, extras.get(name_of(package), set())))
     head = f"# Made by tools/lock.py for Linux on x86_64 from: {' '.join(requirements)}\n"
     path.write_text(head + "\n".join(lines) + "\n", encoding="utf-8")
-    print(f"{path}: {len(lines)} packages")
+    print(f"{path}: {len(packages)} packages")
 
 
 def main() -> None:
