@@ -32,9 +32,13 @@ def main(arguments: list[str] | None = None) -> int:
             command.add_argument("--checkpoint", help="Hugging Face, converted or run checkpoint directory")
         if name == "compare":
             command.add_argument(
-                "--variant", nargs="+", action="append", required=True, metavar=("NAME", "key=value"),
+                "--variant",
+                nargs="+",
+                action="append",
+                required=True,
+                metavar=("NAME", "key=value"),
                 help="one of the runs: it writes to run_dir/NAME",
-            )  # fmt: skip
+            )
         if name == "doctor":
             text = "measure instead what FP8 does to overlap and drift events"
             command.add_argument("--fp8", action="store_true", help=text)
@@ -84,35 +88,36 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
         return guarded(lambda: train(config))
     if options.command == "compare":
-        from megatron_opd.training.compare import compare
+        from megatron_opd.commands.compare import compare
 
         return guarded(lambda: compare(options.configs))
     if options.command == "doctor":
         if options.fp8:
-            from megatron_opd.training.precision_shift import diagnose_fp8
+            from megatron_opd.commands.precision_shift import diagnose_fp8
 
             return guarded(lambda: diagnose_fp8(config))
-        from megatron_opd.training.doctor import diagnose
+        from megatron_opd.commands.doctor import diagnose
 
         return guarded(lambda: diagnose(config))
-    from megatron_opd.training.evaluate import evaluate_checkpoint
+    from megatron_opd.commands.evaluate import evaluate_checkpoint
 
     return guarded(lambda: evaluate_checkpoint(config, options.checkpoint))
 
 
 def guarded(command: Callable[[], int | None]) -> int:
     """Runs it; errors that explain themselves are printed without a traceback, by one rank."""
-    from megatron_opd.errors import end_at_once, exit_code_of, explains_itself
+    from megatron_opd.errors import OPDError
+    from megatron_opd.runtime.ending import end_at_once
 
     try:
         return 1 if command() else 0
-    except Exception as error:
-        if not explains_itself(error):
-            end_at_once(error)
-            raise
+    except OPDError as error:
         if int(os.environ.get("RANK", "0")) == 0:
             print(f"megatron-opd: {error}", file=sys.stderr, flush=True)
-        return exit_code_of(error)
+        return error.exit_code
+    except Exception as error:
+        end_at_once(error)
+        raise
     finally:
         leave_process_group()
 
@@ -141,7 +146,7 @@ def default_processes(config: Config) -> int:
 
 def launch(count: int, arguments: list[str]) -> int:
     """Starts torchrun on this machine with this command line."""
-    from megatron_opd.launch import set_threads, torchrun
+    from megatron_opd.runtime.launch import set_threads, torchrun
 
     set_threads(count)
     return torchrun(["--standalone", f"--nproc-per-node={count}", "-m", "megatron_opd.cli", *without_nproc(arguments)])

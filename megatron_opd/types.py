@@ -45,7 +45,7 @@ class Prompt:
 class Rollout:
     """One generated response with the sampler's view of it.
 
-    `index` is the response's place in the global batch (prompt-major: prompt * answers_per_prompt + answer); it seeds
+    `index` is the response's place in the global batch (prompt-major: prompt * responses_per_prompt + answer); it seeds
     the sampler, so the same index gives the same tokens on every layout.
     """
 
@@ -56,7 +56,7 @@ class Rollout:
     topk_ids: Tensor  # [T, K] int64, the student's K most likely tokens, descending, ties to the lowest id
     topk_logprobs: Tensor  # [T, K] float32
     end_reason: str  # END_EOS, END_LENGTH or END_DRIFT
-    weight_version: int  # number of optimizer steps behind the parameters that sampled it
+    policy_version: int  # number of optimizer steps behind the parameters that sampled it
 
     def __len__(self) -> int:
         return int(self.tokens.numel())

@@ -2,7 +2,7 @@
 
     srun python slurm/launch.py --log-dir DIR train CONFIG [key=value ...]
 
-Beside what `megatron_opd.launch` does (stop signals go to the ranks, their exit code comes back) it
+Beside what `megatron_opd.runtime.launch` does (stop signals go to the ranks, their exit code comes back) it
 - checks the config before anything starts, and lets the first node save what the run is made of (snapshot.py);
 - detects the GPUs, or takes CPUs and gloo where there are none, and the interface that reaches the first node;
 - leaves the exit code in LOG_DIR/exit.NODE.
@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPO))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="launch.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="runtime/launch.py", description=__doc__.split("\n")[0])
     parser.add_argument("--log-dir", type=Path, required=True, help="of this start of this job")
     parser.add_argument("command", choices=["train", "eval"])
     parser.add_argument("config")
@@ -39,7 +39,7 @@ def main() -> int:
 def launch(log_dir: Path, command: str, config: str, rest: list[str]) -> int:
     """Runs torchrun to its end; returns the ranks' exit code."""
     from megatron_opd.config import ConfigError, dump_config, load_config
-    from megatron_opd.launch import set_threads, torchrun
+    from megatron_opd.runtime.launch import set_threads, torchrun
 
     try:
         resolved = load_config(config, [x for x in rest if "=" in x and not x.startswith("-")])
@@ -78,7 +78,7 @@ def launch(log_dir: Path, command: str, config: str, rest: list[str]) -> int:
             f"--shutdown-timeout={os.environ.get('EXIT_GRACE_S', '60')}",
             "-m", "megatron_opd.cli", command, config, *rest,
         ]
-    )  # fmt: skip
+    )
 
 
 def gpu_count() -> int:

@@ -7,7 +7,7 @@ stop() { local code=$1; shift; say "$*"; exit "$code"; }
 RESTART=${SLURM_RESTART_COUNT:-0}
 NOTICE=       # the signal that asked this job to end, if one did
 CODE=1
-REQUEUE_CODE=75 # megatron_opd/launch.py: asked to stop, has saved; run again
+REQUEUE_CODE=75 # megatron_opd/runtime/launch.py: asked to stop, has saved; run again
 
 # RUN_DIR, LOG_DIR (of this start of the job), NODES, TRAIN_NODES, SERVER_NODES, PYTHON, IN (container prefix), SRUN
 prepare() {
@@ -79,7 +79,7 @@ preflight() {
   [[ ${PREFLIGHT:-1} == 0 ]] && return
   say "preflight on ${NODES[*]}"
   "${SRUN[@]}" --nodes="${#NODES[@]}" --ntasks="${#NODES[@]}" --label --output="$LOG_DIR/preflight.log" \
-    "${IN[@]}" "$PYTHON" -m megatron_opd.preflight --nodes "$(join "${NODES[@]}")" --port "$((PORT + 10000))" \
+    "${IN[@]}" "$PYTHON" -m megatron_opd.runtime.preflight --nodes "$(join "${NODES[@]}")" --port "$((PORT + 10000))" \
     --directory "$RUN_DIR" --min-free-gb "${MIN_FREE_GB:-$(one_checkpoint_gb)}" ${MIN_GBPS:+--min-gbps "$MIN_GBPS"} \
     --min-share "${MIN_SHARE:-0.25}" --max-skew-s "${MAX_SKEW_S:-2}" --wait-s "${PREFLIGHT_WAIT_S:-60}" &
   TRAINING=$!

@@ -11,9 +11,9 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from megatron_opd.compat.cpu_platform import apply_cpu_platform
 from megatron_opd.config import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_opd.models.build import Model, build_model
-from megatron_opd.models.platform import apply_cpu_platform
 from megatron_opd.parallel.groups import student_layout, teacher_layout
 
 CPU = torch.device("cpu")

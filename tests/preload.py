@@ -5,7 +5,7 @@ import os
 os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 
 import megatron_opd.models.build  # noqa: E402, F401
-import megatron_opd.rollout.megatron  # noqa: E402, F401
+import megatron_opd.rollout.megatron.engine  # noqa: E402, F401
 import megatron_opd.scoring.score  # noqa: E402, F401
 import megatron_opd.training.step  # noqa: E402, F401
 import tests.layouts  # noqa: E402, F401

@@ -71,8 +71,10 @@ def run(student_dir, teacher_dir, answers: list[tuple[list[int], list[int]]], se
         candidate_logprobs=[t.values.float() for t in top],
         sampled_logprobs=[p.gather(1, y[:, None])[:, 0].float() for p, y in zip(p_all, sampled)],
         teacher_logprobs=[q.gather(1, t.indices).float() for q, t in zip(q_all, top)],
-        overlap=[], prune_weight=[], effective_length=[],
-    )  # fmt: skip
+        overlap=[],
+        prune_weight=[],
+        effective_length=[],
+    )
     for q, t in zip(q_all, top):
         theirs = q.topk(settings.k).indices.tolist()
         shares = [len(set(a) & set(b)) / settings.k for a, b in zip(t.indices.tolist(), theirs)]

@@ -30,9 +30,9 @@ def _work(rank: int, world_size: int, work: Callable[..., Any], args: tuple[Any,
     import megatron.core  # its modules import each other: first the whole
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
-    import megatron_opd.training.precision_shift  # noqa: F401 -- loads every module that asks which build to make
+    import megatron_opd.commands.precision_shift  # noqa: F401 -- loads every module that asks which build to make
+    from megatron_opd.compat.cpu_platform import apply_cpu_platform
     from megatron_opd.models import build, specs
-    from megatron_opd.models.platform import apply_cpu_platform
 
     assert HAVE_TE, megatron.core.__file__
     apply_cpu_platform()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from megatron_opd.config import ConfigError
-from megatron_opd.errors import ending
+from megatron_opd.runtime.ending import ending
 
 
 class Gone(BaseException):

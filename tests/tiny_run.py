@@ -40,7 +40,7 @@ CONFIG: dict[str, Any] = {
     "train": {
         "steps": 4,
         "prompts_per_step": 2,
-        "answers_per_prompt": 2,
+        "responses_per_prompt": 2,
         "lr": 1.0e-3,
         "warmup_steps": 2,
         "tokens_per_microbatch": 64,
@@ -132,7 +132,6 @@ def run_cases(rank: int, world: int, folder: Path, cases: list[Case]) -> list[Ou
     from megatron.core import parallel_state
 
     from megatron_opd.config import load_config
-    from megatron_opd.errors import exit_code_of
     from megatron_opd.training import loop
 
     outcomes = []
@@ -167,7 +166,7 @@ def run_cases(rank: int, world: int, folder: Path, cases: list[Case]) -> list[Ou
             loop.step = plain_step
             parallel_state.destroy_model_parallel()
         text = f"{type(error).__name__}: {error}" if error else ""
-        outcomes.append(Outcome(text, exit_code_of(error) if error else 0, said.getvalue()))
+        outcomes.append(Outcome(text, getattr(error, "exit_code", 1) if error else 0, said.getvalue()))
         dist.barrier()
     return outcomes
 

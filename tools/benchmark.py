@@ -28,14 +28,14 @@ for place in (str(TOOLS), str(TOOLS.parent)):  # also without an installed packa
         sys.path.insert(0, place)
 
 COMMANDS = {  # name: (module, function that adds arguments, function that runs)
-    "overlap": ("benchmark_overlap", "add_arguments", "run"),
-    "step": ("benchmark_step", "add_step_arguments", "run_step"),
-    "rollout": ("benchmark_rollout", "add_arguments", "run"),
-    "train": ("benchmark_train", "add_arguments", "run"),
-    "scaling": ("benchmark_step", "add_scaling_arguments", "run_scaling"),
-    "prune": ("benchmark_prune", "add_arguments", "run"),
-    "checkpoint": ("benchmark_checkpoint", "add_arguments", "run"),
-    "gpu": ("benchmark_gpu", "add_arguments", "run"),
+    "overlap": ("benchmark.overlap", "add_arguments", "run"),
+    "step": ("benchmark.step", "add_step_arguments", "run_step"),
+    "rollout": ("benchmark.rollout", "add_arguments", "run"),
+    "train": ("benchmark.train", "add_arguments", "run"),
+    "scaling": ("benchmark.step", "add_scaling_arguments", "run_scaling"),
+    "prune": ("benchmark.prune", "add_arguments", "run"),
+    "checkpoint": ("benchmark.checkpoint", "add_arguments", "run"),
+    "gpu": ("benchmark.gpu", "add_arguments", "run"),
 }
 
 
@@ -57,7 +57,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
 def main(arguments: Sequence[str] | None = None) -> int:
     options = parse(arguments)
     os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    from benchmark_common import BenchmarkError
+    from benchmark.common import BenchmarkError
 
     try:
         return options.run(options)

@@ -47,11 +47,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     layout.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default 1)")
     pickled = Parser(add_help=False)
     pickled.add_argument(
-        "--allow-pickle", action="store_true",
+        "--allow-pickle",
+        action="store_true",
         help="accept pytorch_model*.bin where there are no safetensors. A pickle can run any code of its author, with "
         "your rights, while it is read; torch's restricted unpickler is used, which has had holes. Only for files you "
         "trust",
-    )  # fmt: skip
+    )
     dtype = "fp32 or bf16; fp32 to bf16 rounds. Default: what holds every tensor of the input exactly"
 
     command = commands.add_parser("import", parents=[layout, pickled], help="Hugging Face -> converted directory")
@@ -68,15 +69,19 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     command.add_argument("--hf", required=True, type=Path, metavar="DIR")
     command.add_argument("--megatron", required=True, type=Path, metavar="DIR", help="converted directory")
     command.add_argument(
-        "--dtype", choices=DTYPES, default="fp32",
+        "--dtype",
+        choices=DTYPES,
+        default="fp32",
         help="what both compute in (default fp32, also for bf16 parameters: they are exact in it, so any difference "
         "of the parameters shows; bf16 rounds each operation, which hides small ones)",
-    )  # fmt: skip
+    )
     command.add_argument(
-        "--tolerance", type=float, metavar="X",
+        "--tolerance",
+        type=float,
+        metavar="X",
         help="largest allowed difference of two logits, as a share of the largest logit "
         f"(default {DEFAULT_TOLERANCE['fp32']:g} in fp32, {DEFAULT_TOLERANCE['bf16']:g} in bf16)",
-    )  # fmt: skip
+    )
     command.add_argument("--text", type=Path, metavar="FILE", help="text to compare on besides the built-in one")
     command.add_argument("--length", type=int, default=128, metavar="N", help="tokens of each text (default 128)")
     args = parser.parse_args(argv)
@@ -96,8 +101,8 @@ def main(argv: list[str] | None = None) -> int:
     import convert_steps  # after the filter, and not at all for --help
 
     from megatron_opd.config import ConfigError
-    from megatron_opd.models.converted import describe_os_error
-    from megatron_opd.models.hf_files import ModelFileError
+    from megatron_opd.weights.converted import describe_os_error
+    from megatron_opd.weights.hf_files import ModelFileError
 
     try:
         with process_group(processes):
@@ -148,8 +153,8 @@ def process_group(processes: int) -> Iterator[None]:
     """A gloo group over the processes that were started, which must be TP x PP."""
     import torch.distributed as dist
 
+    from megatron_opd.compat.cpu_platform import apply_cpu_platform
     from megatron_opd.config import ConfigError
-    from megatron_opd.models.platform import apply_cpu_platform
 
     apply_cpu_platform()
     world = int(os.environ.get("WORLD_SIZE", 1))

@@ -18,10 +18,11 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from megatron_opd.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_opd.data.tokenizer import TokenizerError, load_tokenizer
-from megatron_opd.models.bridge import read_hf_config
 from megatron_opd.models.build import Model, build_model
 from megatron_opd.models.compare import difference, load_transformers, megatron_logits, transformers_logits
-from megatron_opd.models.converted import (
+from megatron_opd.parallel.groups import teacher_layout
+from megatron_opd.weights.bridge import read_hf_config
+from megatron_opd.weights.converted import (
     check_free,
     is_converted,
     is_rank_0,
@@ -29,11 +30,10 @@ from megatron_opd.models.converted import (
     read_manifest,
     save_converted,
 )
-from megatron_opd.models.hf_export import EMBEDDING, OUTPUT, planned_tensors, save_hf
-from megatron_opd.models.hf_files import HFTensors, ModelFileError, parse_size
-from megatron_opd.models.parameters import all_gather, local_parameters, model_names, together
-from megatron_opd.models.weights import check_names, load_hf_weights
-from megatron_opd.parallel.groups import teacher_layout
+from megatron_opd.weights.hf_export import EMBEDDING, OUTPUT, planned_tensors, save_hf
+from megatron_opd.weights.hf_files import HFTensors, ModelFileError, parse_size
+from megatron_opd.weights.loading import check_names, load_hf_weights
+from megatron_opd.weights.parameters import all_gather, local_parameters, model_names, together
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
@@ -88,9 +88,15 @@ def export_(args: argparse.Namespace) -> int:
         check_space(args.out, size)
     with progress_bar("writing", size) as advance:
         save_hf(
-            model.chunks, model.bridge, groups, args.megatron, args.out,
-            max_shard_bytes=limit, notes=manifest, progress=advance,
-        )  # fmt: skip
+            model.chunks,
+            model.bridge,
+            groups,
+            args.megatron,
+            args.out,
+            max_shard_bytes=limit,
+            notes=manifest,
+            progress=advance,
+        )
     meter.report(shard_bytes(model))
     say(f"wrote {args.out}")
     return 0
@@ -106,8 +112,11 @@ def verify_(args: argparse.Namespace) -> int:
             raise ModelFileError(f"{args.hf} has {vocabularies[0]} tokens, {args.megatron} {vocabularies[1]}")
         texts = make_texts(args, vocabularies[0])
     model = build(args, args.megatron, args.dtype, load=True)
-    names = model_names((p for p, _ in local_parameters(model.chunks, model.bridge, model.layout.groups)), model.bridge,
-                        model.layout.groups)  # fmt: skip
+    names = model_names(
+        (p for p, _ in local_parameters(model.chunks, model.bridge, model.layout.groups)),
+        model.bridge,
+        model.layout.groups,
+    )
     reference: Any = None
     with together():
         with HFTensors(args.hf, args.allow_pickle) as files:
@@ -127,8 +136,11 @@ def verify_(args: argparse.Namespace) -> int:
             )
     worst = all_gather(worst, None)[0]
     agree = worst <= tolerance
-    say(f"{'equal' if agree else 'DIFFERENT'} within {tolerance:g} in {args.dtype}" if agree else
-        f"DIFFERENT: {worst:.3g} of the largest logit, allowed {tolerance:g} in {args.dtype}")  # fmt: skip
+    say(
+        f"{'equal' if agree else 'DIFFERENT'} within {tolerance:g} in {args.dtype}"
+        if agree
+        else f"DIFFERENT: {worst:.3g} of the largest logit, allowed {tolerance:g} in {args.dtype}"
+    )
     return 0 if agree else 1
 
 

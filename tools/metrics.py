@@ -10,7 +10,7 @@ import json
 import sys
 from pathlib import Path
 
-from benchmark_common import print_table
+from benchmark.common import print_table
 
 PHASES = ("rollout_s", "score_s", "cut_s", "train_s", "sync_s")
 

@@ -56,9 +56,16 @@ def train(pair: str, presets: list[str], out: Path, overrides: list[str]) -> lis
     shutil.rmtree(run_dir, ignore_errors=True)
     print(f"\n== {pair} pair: {', '.join(NAMES[preset] for preset in presets)}", flush=True)
     command = [
-        sys.executable, "-m", "megatron_opd.cli", "compare", str(HERE / f"{pair}.yaml"), f"run_dir={run_dir}",
-        *overrides, "--nproc", "2",
-    ]  # fmt: skip
+        sys.executable,
+        "-m",
+        "megatron_opd.cli",
+        "compare",
+        str(HERE / f"{pair}.yaml"),
+        f"run_dir={run_dir}",
+        *overrides,
+        "--nproc",
+        "2",
+    ]
     for preset in presets:  # they start from the same student: one of them measures it
         command += ["--variant", preset, f"prune.preset={preset}", f"eval.at_start={str(preset == 'off').lower()}"]
     code = subprocess.run(command).returncode
@@ -93,8 +100,16 @@ def table(results: list[Result]) -> list[list[str]]:
 
 
 HEAD = [
-    "pair", "method", "before", "after", "training time", "tokens generated", "tokens trained", "budget", "time saved",
-]  # fmt: skip
+    "pair",
+    "method",
+    "before",
+    "after",
+    "training time",
+    "tokens generated",
+    "tokens trained",
+    "budget",
+    "time saved",
+]
 
 
 def print_table(rows: list[list[str]]) -> None:

@@ -22,18 +22,28 @@ from megatron_opd.checkpoint.rng import rng_state, set_rng_state
 from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, set_adam_step, weight_entries
 from megatron_opd.checkpoint.writer import ShardWriter
 from megatron_opd.config import Config
+from megatron_opd.errors import RepeatingError
 from megatron_opd.models.build import Model
-from megatron_opd.models.converted import copy_side_files, load_converted, manifest_of, root_cause
-from megatron_opd.models.hf_files import ModelFileError
-from megatron_opd.models.parameters import all_gather, together
+from megatron_opd.weights.converted import copy_side_files, load_converted, manifest_of, root_cause
+from megatron_opd.weights.hf_files import ModelFileError
+from megatron_opd.weights.parameters import all_gather, together
 
 _SHAPE_KEYS = (
-    "model_type", "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-    "num_key_value_heads", "head_dim", "tie_word_embeddings", "num_experts", "moe_intermediate_size",
-)  # fmt: skip
+    "model_type",
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "num_key_value_heads",
+    "head_dim",
+    "tie_word_embeddings",
+    "num_experts",
+    "moe_intermediate_size",
+)
 
 
-class CheckpointError(RuntimeError):
+class CheckpointError(RepeatingError):
     """A run cannot be resumed or can no longer be saved; the message names the checkpoint and the reason."""
 
 

@@ -22,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.models.converted import CHECKPOINT, MANIFEST
+from megatron_opd.weights.converted import CHECKPOINT, MANIFEST
 
 WEIGHTS = CHECKPOINT
 OPTIMIZER = "optimizer"

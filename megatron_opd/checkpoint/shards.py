@@ -1,6 +1,6 @@
 """What a checkpoint stores of the student, as pieces of whole tensors that any layout can put together again.
 
-The weights are those of the converted format (`models/converted.py`). The optimizer's tensors (Adam's two moments, and
+The weights are those of the converted format (`weights/converted.py`). The optimizer's tensors (Adam's two moments, and
 the fp32 copy of a bf16 parameter) lie as their parameters do and are described in the same way, under keys such as
 `exp_avg/decoder.layers.0...`. A distributed optimizer holds a flat range of each local parameter; that range is cut
 into rectangles, so its checkpoints load at every layout too, with or without a distributed optimizer.
@@ -18,8 +18,8 @@ from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
 from megatron_opd.models.build import Model
-from megatron_opd.models.converted import checkpoint_key, shard_parts, sharded_entries
-from megatron_opd.models.parameters import WHOLE, Parameter, local_parameters, tensor_group
+from megatron_opd.weights.converted import checkpoint_key, shard_parts, sharded_entries
+from megatron_opd.weights.parameters import WHOLE, Parameter, local_parameters, tensor_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "main"  # the fp32 copy of a parameter of lower precision

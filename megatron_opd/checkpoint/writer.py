@@ -4,7 +4,7 @@
     write    each rank writes its file; no communication, so a thread can do it while training goes on
     finish   rank 0 writes the metadata from what all ranks report
 
-Private names of Megatron-Core and torch are used in this module alone (and in `models/converted.py`).
+Private names of Megatron-Core and torch are used in this module alone (and in `weights/converted.py`).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 
 from megatron_opd.checkpoint.shards import Entries
-from megatron_opd.models.converted import write_shards
+from megatron_opd.weights.converted import write_shards
 
 _COMMON = "common.pt"  # Megatron-Core reads it; what others put there is in our state.json
 

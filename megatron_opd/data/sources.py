@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.errors import InputError
+
 # Where the prompt, the answer and the data set's name stand when the configured column is not in the file. The first
 # that the file's first row has is taken.
 #   DAPO-Math-17K (and other verl files): prompt = [{role, content}], reward_model.ground_truth, data_source
@@ -20,7 +22,7 @@ SOURCE_COLUMNS = ("source", "data_source")
 _MISSING = object()
 
 
-class DataError(ValueError):
+class DataError(InputError):
     """A prompts file cannot be used; the message names the file, the line or row, the key and the problem."""
 
 

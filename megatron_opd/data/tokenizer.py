@@ -9,11 +9,13 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.errors import InputError
+
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
 Message = dict[str, str]  # {"role": ..., "content": ...}
 
 
-class TokenizerError(ValueError):
+class TokenizerError(InputError):
     """A tokenizer cannot be used, or two that must agree do not."""
 
 

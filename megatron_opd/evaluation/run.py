@@ -16,8 +16,9 @@ import torch.distributed as dist
 from megatron_opd.config import DataConfig, EvalConfig, EvalSetConfig
 from megatron_opd.data.prompts import PromptSet, load_eval_prompts
 from megatron_opd.data.tokenizer import Tokenizer
-from megatron_opd.evaluation.answers import AnswerFile, answer_of, request_key
+from megatron_opd.errors import OPDError
 from megatron_opd.evaluation.metrics import Answer, summarize
+from megatron_opd.evaluation.responses import ResponseFile, answer_of, request_key
 from megatron_opd.evaluation.verifiers import Case, VerifierPool
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.types import END_LENGTH, Rollout
@@ -26,7 +27,7 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
-class EvaluationError(RuntimeError):
+class EvaluationError(OPDError):
     """The writing rank could not verify, save or read back answers; raised on every rank alike."""
 
 
@@ -92,19 +93,19 @@ def _evaluate_set(
 ) -> tuple[dict[str, float], list[str]]:
     config, settings = judge.eval_set.config, judge.settings
     sampling = Sampling(config.max_tokens, config.temperature, config.top_p, seed=settings.seed)
-    k, version = config.answers_per_prompt, engine.weight_version
+    k, version = config.responses_per_prompt, engine.policy_version
     prompts = judge.eval_set.prompts.prompts
     requests = [Request(prompt, i * k + s) for i, prompt in enumerate(prompts) for s in range(k)]
     # The rest of the settings goes into the key as it is in the config, so that a later field cannot be forgotten.
     identity = config.model_dump(exclude={"limit", "prompts", "prompt_key", "answer_key"})
     keys = [request_key(identity, settings.seed, version, model_id, r) for r in requests]
     pending = _on_writer(is_writer, partial(judge.resume, keys))
-    for start in range(0, len(pending), settings.chunk_answers):
-        chunk = pending[start : start + settings.chunk_answers]
+    for start in range(0, len(pending), settings.chunk_responses):
+        chunk = pending[start : start + settings.chunk_responses]
         rollouts = engine.generate([requests[i] for i in chunk], sampling)
         if [r.index for r in rollouts] != [requests[i].index for i in chunk]:
             raise EvaluationError("the rollout engine returned other answers than were asked for")
-        stale = {r.weight_version for r in rollouts} - {version}
+        stale = {r.policy_version for r in rollouts} - {version}
         if stale:
             raise EvaluationError(f"answers come from weight versions {sorted(stale)}, the engine holds {version}")
         chunk_keys = [keys[i] for i in chunk]
@@ -119,7 +120,7 @@ class _Judge:
         self.eval_set = eval_set
         self.tokenizer = tokenizer
         self.settings = settings
-        self.file = AnswerFile(path) if settings.save_answers else None
+        self.file = ResponseFile(path) if settings.save_responses else None
         self.answers: dict[str, Answer] = {}
         self.pool = VerifierPool(eval_set.config.verifier, settings.verifier_timeout_s, settings.verifier_workers)
 
@@ -139,7 +140,7 @@ class _Judge:
             prompt = rollout.prompt
             cases.append(Case(text, prompt.answer or "", prompt.metadata, prompt.source))
         records: list[dict[str, Any]] = []
-        k = self.eval_set.config.answers_per_prompt
+        k = self.eval_set.config.responses_per_prompt
         for rollout, key, text, verdict in zip(rollouts, keys, texts, self.pool.score(cases), strict=True):
             records.append(
                 {
@@ -155,7 +156,7 @@ class _Judge:
                     "problem": verdict.problem,
                     "prompt": rollout.prompt.text,
                     "response": text,
-                    "weight_version": rollout.weight_version,
+                    "policy_version": rollout.policy_version,
                     "key": key,
                 }
             )
@@ -167,7 +168,7 @@ class _Judge:
         """The set's numbers, and the answers that no verdict was reached on."""
         answers = list(self.answers.values())
         problems = [f"prompt {a.uid}, sample {a.sample}: {a.problem}" for a in answers if a.problem is not None]
-        return summarize(answers, self.eval_set.config.answers_per_prompt, self.settings.seed), problems
+        return summarize(answers, self.eval_set.config.responses_per_prompt, self.settings.seed), problems
 
     def close(self) -> None:
         """Ends the verifier's processes."""

@@ -81,11 +81,28 @@ def _take_in(x, tile, top, first, total, scale):
 
 @triton.jit(do_not_specialize=["parts", "tiles", "n"])
 def stats_kernel(
-    logits, row_stride, real, readable, parts, tiles, ids, n, inverse_temperature,
-    lse, top_values, top_ids, at_ids, invalid,
-    LANES: tl.constexpr, K: tl.constexpr, KEPT: tl.constexpr, DEPTH: tl.constexpr,
-    IDS: tl.constexpr, WIDE: tl.constexpr, WIDE_PLACES: tl.constexpr,
-):  # fmt: skip
+    logits,
+    row_stride,
+    real,
+    readable,
+    parts,
+    tiles,
+    ids,
+    n,
+    inverse_temperature,
+    lse,
+    top_values,
+    top_ids,
+    at_ids,
+    invalid,
+    LANES: tl.constexpr,
+    K: tl.constexpr,
+    KEPT: tl.constexpr,
+    DEPTH: tl.constexpr,
+    IDS: tl.constexpr,
+    WIDE: tl.constexpr,
+    WIDE_PLACES: tl.constexpr,
+):
     """Program p has part p % parts of row p // parts: `tiles` tiles of LANES x 8 columns; results [rows * parts, ...].
 
     Columns below `real` count; those below `readable` may be read (a multiple of 16 where it can be, so that loads stay
@@ -165,9 +182,22 @@ def stats_kernel(
 
 @triton.jit(do_not_specialize=["blocks", "tiles", "n"])
 def backward_kernel(
-    logits, row_stride, grad, grad_stride, log_z, ids, slope, n, real, width, blocks, tiles, inverse_temperature,
-    TILE: tl.constexpr, IDS: tl.constexpr,
-):  # fmt: skip
+    logits,
+    row_stride,
+    grad,
+    grad_stride,
+    log_z,
+    ids,
+    slope,
+    n,
+    real,
+    width,
+    blocks,
+    tiles,
+    inverse_temperature,
+    TILE: tl.constexpr,
+    IDS: tl.constexpr,
+):
     """Program p has block p % blocks, of tiles x TILE columns, of row p // blocks; `grad` may be `logits`."""
     program = tl.program_id(0).to(tl.int64)
     begin = (program % blocks).to(tl.int32) * (tiles * TILE)

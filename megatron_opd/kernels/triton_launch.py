@@ -55,12 +55,29 @@ def stats(
         return lse[:, 0], values[:, 0], top[:, 0], at_ids, invalid[:, 0].bool()
     with _on(logits):
         kernels.stats_kernel[(rows * parts,)](
-            logits, logits.stride(0), real, readable, parts, tiles, ids, n, 1 / temperature,
-            lse, values, top, at_ids, invalid,
-            LANES=lanes, K=k, KEPT=kept, DEPTH=depth, IDS=_power(n) if n else 0,
-            WIDE=not half, WIDE_PLACES=not half or tiles * lanes > 2**16,
+            logits,
+            logits.stride(0),
+            real,
+            readable,
+            parts,
+            tiles,
+            ids,
+            n,
+            1 / temperature,
+            lse,
+            values,
+            top,
+            at_ids,
+            invalid,
+            LANES=lanes,
+            K=k,
+            KEPT=kept,
+            DEPTH=depth,
+            IDS=_power(n) if n else 0,
+            WIDE=not half,
+            WIDE_PLACES=not half or tiles * lanes > 2**16,
             num_warps=min(16, max(4, lanes // 128)),
-        )  # fmt: skip
+        )
     if parts == 1:
         return lse[:, 0], values[:, 0], top[:, 0], at_ids, invalid[:, 0].bool()
     # Parts ascend with the ids, so a stable sort keeps ties at the lowest id.
@@ -83,7 +100,20 @@ def backward(
     blocks = -(-width // (tile * tiles))
     with _on(logits):
         kernels.backward_kernel[(rows * blocks,)](
-            logits, logits.stride(0), grad, grad.stride(0), log_z.contiguous(), ids.contiguous(), slope.contiguous(),
-            ids.shape[1], real, width, blocks, tiles, 1 / temperature,
-            TILE=tile, IDS=_power(ids.shape[1]), num_warps=8,
-        )  # fmt: skip
+            logits,
+            logits.stride(0),
+            grad,
+            grad.stride(0),
+            log_z.contiguous(),
+            ids.contiguous(),
+            slope.contiguous(),
+            ids.shape[1],
+            real,
+            width,
+            blocks,
+            tiles,
+            1 / temperature,
+            TILE=tile,
+            IDS=_power(ids.shape[1]),
+            num_warps=8,
+        )

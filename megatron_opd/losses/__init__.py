@@ -1,7 +1,7 @@
 """Distillation losses on vocab-parallel logits; torch only."""
 
-from megatron_opd.losses.full import full_vocabulary_loss
-from megatron_opd.losses.gathered import candidate_terms, sampled_reverse_kl, student_logprobs, topk_reverse_kl
+from megatron_opd.losses.candidates import candidate_terms, sampled_reverse_kl, student_logprobs, topk_reverse_kl
+from megatron_opd.losses.full_vocabulary import full_vocabulary_loss
 from megatron_opd.losses.head import FUSED_KINDS, head_loss
 from megatron_opd.losses.registry import LOSSES, DistillTargets, Loss, get_loss, global_token_count
 from megatron_opd.losses.topk import vocab_parallel_topk

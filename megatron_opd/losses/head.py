@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.kernels import fused_head_loss
-from megatron_opd.losses.gathered import check_rows, weighted_terms
+from megatron_opd.losses.candidates import check_rows, weighted_terms
 from megatron_opd.losses.registry import DistillTargets
 
 FUSED_KINDS = ("topk_reverse_kl", "sampled_reverse_kl")

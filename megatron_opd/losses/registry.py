@@ -16,8 +16,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.losses.full import Kind, full_vocabulary_loss
-from megatron_opd.losses.gathered import sampled_reverse_kl, topk_reverse_kl
+from megatron_opd.losses.candidates import sampled_reverse_kl, topk_reverse_kl
+from megatron_opd.losses.full_vocabulary import Kind, full_vocabulary_loss
 
 
 @dataclass(frozen=True)

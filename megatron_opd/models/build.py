@@ -15,14 +15,14 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_opd.config import ConfigError, ModelConfig
-from megatron_opd.models.bridge import load_bridge
 from megatron_opd.models.fp8 import drop_weight_copies, learn_scales, shape_problems, token_block
 from megatron_opd.models.packed import PackedRotary, PackedRow, pack_row
-from megatron_opd.models.parameters import WHOLE, local_parameters
 from megatron_opd.models.specs import block_spec, use_transformer_engine
-from megatron_opd.models.weights import load_model_weights
 from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.groups import Layout
+from megatron_opd.weights.bridge import load_bridge
+from megatron_opd.weights.loading import load_model_weights
+from megatron_opd.weights.parameters import WHOLE, local_parameters
 
 
 @dataclass

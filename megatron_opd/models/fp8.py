@@ -152,6 +152,12 @@ def learn_scales(model: Model) -> None:
     count = model.layout.parallel.pipeline  # the interleaved schedule wants a multiple
     for _ in range(2):
         run_schedule(
-            forward_step, model.chunks, model.config, model.layout, range(count), [tokens] * count,
-            forward_only=True, collect=True,
-        )  # fmt: skip
+            forward_step,
+            model.chunks,
+            model.config,
+            model.layout,
+            range(count),
+            [tokens] * count,
+            forward_only=True,
+            collect=True,
+        )

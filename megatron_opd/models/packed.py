@@ -130,9 +130,16 @@ def prefill_row(
     cache.reserve(longest)
     positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)])
     return PackedRow(
-        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest, lengths=lengths, cache=cache,
-        positions=zero_pad(positions, (0, padding)).to(device), places=places, starts=starts, padding=padding,
-    )  # fmt: skip
+        qkv_format="sbhd",
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        lengths=lengths,
+        cache=cache,
+        positions=zero_pad(positions, (0, padding)).to(device),
+        places=places,
+        starts=starts,
+        padding=padding,
+    )
 
 
 def decode_row(cached_length: Tensor, cache: KVCache, padding: int = 0) -> PackedRow:
@@ -140,9 +147,14 @@ def decode_row(cached_length: Tensor, cache: KVCache, padding: int = 0) -> Packe
     longest = int(cached_length.max())
     cache.reserve(longest)
     return PackedRow(
-        qkv_format="sbhd", max_seqlen_q=longest, max_seqlen_kv=longest,
-        positions=zero_pad(cached_length - 1, (0, padding)), cache=cache, cached_length=cached_length, padding=padding,
-    )  # fmt: skip
+        qkv_format="sbhd",
+        max_seqlen_q=longest,
+        max_seqlen_kv=longest,
+        positions=zero_pad(cached_length - 1, (0, padding)),
+        cache=cache,
+        cached_length=cached_length,
+        padding=padding,
+    )
 
 
 class PackedRotary(torch.nn.Module):

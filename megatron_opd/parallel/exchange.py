@@ -16,7 +16,7 @@ Fields = dict[str, Tensor]
 Key = TypeVar("Key", bound=Hashable)
 
 
-def share_answers(
+def share_responses(
     items: Sequence[tuple[int, Fields]],
     layout: Layout,
     device: torch.device,

@@ -61,7 +61,7 @@ Watch = Callable[[list[Segment]], set[int]]
 class RolloutEngine(ABC):
     """Generates responses with the student's current parameters."""
 
-    weight_version: int = -1  # optimizer steps behind the parameters that the engine holds; -1: none handed over yet
+    policy_version: int = -1  # optimizer steps behind the parameters that the engine holds; -1: none handed over yet
 
     @abstractmethod
     def generate(

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from megatron_opd.config import Config, ConfigError
 from megatron_opd.models.build import Model
-from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.rollout.base import RolloutEngine
-from megatron_opd.rollout.megatron import MegatronEngine
+from megatron_opd.rollout.megatron.engine import MegatronEngine
+from megatron_opd.weights.loading import export_hf_weights
 
 
 def longest_sequence(config: Config) -> int:
@@ -35,9 +35,9 @@ def make_engine(config: Config, student: Model, eos_ids: set[int]) -> RolloutEng
         )
     length = longest_sequence(config)
     if config.rollout.mode == "server":
-        from megatron_opd.rollout.vllm_server import VllmServerEngine
+        from megatron_opd.rollout.vllm.server import VllmServerEngine
 
         return VllmServerEngine(config.rollout, eos_ids, length)
-    from megatron_opd.rollout.vllm_colocate import VllmColocateEngine
+    from megatron_opd.rollout.vllm.colocate import VllmColocateEngine
 
     return VllmColocateEngine(config.rollout, config.student.model, eos_ids, length, config.student.precision)

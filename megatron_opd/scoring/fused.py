@@ -20,7 +20,7 @@ from megatron_opd.config import PruneConfig
 from megatron_opd.losses import DistillTargets, candidate_terms, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_opd.models.build import Model
 from megatron_opd.models.packed import PackedRow
-from megatron_opd.parallel.exchange import Fields, share_answers
+from megatron_opd.parallel.exchange import Fields, share_responses
 from megatron_opd.prune import from_events
 from megatron_opd.scoring.judge import drift_events_of
 from megatron_opd.scoring.view import Candidates, teacher_view
@@ -134,7 +134,7 @@ class FusedTeacher:
         found, self._found = self._found, []
         answers = [(len(r.prompt.tokens), len(r)) for r in batch.rollouts]
         student = self.student
-        parts = share_answers(found, student.layout, student.device, answers, once=("events", "effective"))
+        parts = share_responses(found, student.layout, student.device, answers, once=("events", "effective"))
         batch.scores = [
             TeacherScores(
                 p["overlap"].new_zeros(len(p["overlap"]), 0), p["sampled_logprobs"], p["overlap"], p["accepted"]

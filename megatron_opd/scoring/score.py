@@ -47,4 +47,4 @@ def to_the_end(requests: list[Request], config: Config) -> set[int]:
     if prune.after_drift == "attenuate":
         return {r.index for r in requests}
     prompts = round(prune.grpo_share * config.train.prompts_per_step)  # the loader has shuffled them
-    return {r.index for r in requests if r.index // config.train.answers_per_prompt < prompts}
+    return {r.index for r in requests if r.index // config.train.responses_per_prompt < prompts}

@@ -12,7 +12,7 @@ from megatron_opd.losses.topk import vocab_parallel_topk
 from megatron_opd.models.build import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.context import padded_length
-from megatron_opd.parallel.exchange import Fields, share_answers
+from megatron_opd.parallel.exchange import Fields, share_responses
 from megatron_opd.parallel.packing import plan_microbatches
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.scoring.view import Candidates, teacher_view, to_scores
@@ -90,7 +90,7 @@ def read_rollouts(
         if layout.is_last_stage:
             owned = [(i, fields) for batch, part in zip(mine, found) for i, fields in zip(batch, part)]
     answers = [(len(r.prompt.tokens), len(r)) for r in rollouts]
-    return share_answers(owned, layout, model.device, answers)
+    return share_responses(owned, layout, model.device, answers)
 
 
 def _inputs(rollouts: list[Rollout], row: PackedRow, tokens: int) -> Tensor:

@@ -88,9 +88,15 @@ class Watcher:
         if n == len(rollout):
             return rollout
         return Rollout(
-            rollout.prompt, rollout.index, rollout.tokens[:n], rollout.logprobs[:n], rollout.topk_ids[:n],
-            rollout.topk_logprobs[:n], END_DRIFT, rollout.weight_version,
-        )  # fmt: skip
+            rollout.prompt,
+            rollout.index,
+            rollout.tokens[:n],
+            rollout.logprobs[:n],
+            rollout.topk_ids[:n],
+            rollout.topk_logprobs[:n],
+            END_DRIFT,
+            rollout.policy_version,
+        )
 
     def _length(self, index: int, total: int) -> int:
         """At least one token stays: an answer may be spent at its first position."""

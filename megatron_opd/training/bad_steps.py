@@ -28,7 +28,7 @@ def dump_bad_step(run_dir: str, step: int, reason: str, batch: ScoredBatch) -> P
                 "topk_ids": rollout.topk_ids,
                 "topk_logprobs": rollout.topk_logprobs,
                 "end_reason": rollout.end_reason,
-                "weight_version": rollout.weight_version,
+                "policy_version": rollout.policy_version,
                 "teacher_logprobs": scores.logprobs,
                 "teacher_sampled_logprobs": scores.sampled_logprobs,
                 "overlap": scores.overlap,

@@ -5,16 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 from megatron_opd.config import Config
-from megatron_opd.errors import ending
+from megatron_opd.errors import RepeatingError
 from megatron_opd.rollout.base import Request, Sampling
+from megatron_opd.runtime.ending import ending
+from megatron_opd.runtime.guard import Requeue
 from megatron_opd.scoring.judge import judge, use_rewards
 from megatron_opd.scoring.score import score, to_the_end
-from megatron_opd.training.guard import Requeue
 from megatron_opd.training.metrics import PhaseClock, step_metrics
 from megatron_opd.training.run import Run
 
 
-class TrainingStopped(RuntimeError):
+class TrainingStopped(RepeatingError):
     """The run ended before its last step, for the reason in the message."""
 
 
@@ -71,7 +72,7 @@ def step(run: Run) -> dict[str, Any]:
     config, clock = run.config, PhaseClock()
     prune, settings = config.prune, config.train
     prompts = run.loader.next_batch(settings.prompts_per_step)
-    copies = settings.answers_per_prompt
+    copies = settings.responses_per_prompt
     requests = [Request(prompt, i * copies + j) for i, prompt in enumerate(prompts) for j in range(copies)]
     budget = run.budget.current
     sampling = Sampling(

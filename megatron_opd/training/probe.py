@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_opd.config import Config
+from megatron_opd.errors import OPDError
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.training.setup import Trainer
@@ -12,7 +13,7 @@ from megatron_opd.training.setup import Trainer
 PROBE_TOKENS = 32
 
 
-class HandoverError(RuntimeError):
+class HandoverError(OPDError):
     """The engine or the teacher runs other parameters than it should; going on would train on noise."""
 
 
@@ -40,7 +41,7 @@ class HandoverProbe:
             raise HandoverError(
                 f"after the hand-over the engine's log-probs differ from the trainer's by {gap:.4g} nats "
                 f"(rollout.sync_tolerance: {self.tolerance}): the engine holds other parameters, version "
-                f"{self.engine.weight_version}"
+                f"{self.engine.policy_version}"
             )
         drift = float((self._teacher_logprobs() - self.teacher).abs().max())
         if not drift <= self.tolerance:

@@ -20,8 +20,8 @@ from megatron_opd.evaluation.verifiers import Case, VerifierPool
 from megatron_opd.prune import ResponseBudget
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.rollout.factory import hf_stream, make_engine
+from megatron_opd.runtime.guard import Guard
 from megatron_opd.training.bad_steps import dump_bad_step
-from megatron_opd.training.guard import Guard
 from megatron_opd.training.metrics import MetricsLog, StepProgress, was_reported
 from megatron_opd.training.probe import HandoverProbe
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
@@ -239,6 +239,11 @@ def make_budget(config: Config) -> ResponseBudget:
     settings = config.prune.budget
     initial = settings.maximum if config.prune.signal == "none" else settings.initial
     return ResponseBudget(
-        initial, settings.minimum, settings.maximum, settings.step, settings.margin, settings.hit_ratio,
+        initial,
+        settings.minimum,
+        settings.maximum,
+        settings.step,
+        settings.margin,
+        settings.hit_ratio,
         settings.patience,
-    )  # fmt: skip
+    )

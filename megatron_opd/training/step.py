@@ -69,9 +69,15 @@ class TrainingStep:
             self.norms = [*self.norms[-99:], norm]
         measured = self.measure_gap and gap_tokens > 0
         return StepResult(
-            loss, norm, not reason, reason, len(plan),
-            gap_sum / gap_tokens if measured else None, gap_max if measured else None, int(gap_count),
-        )  # fmt: skip
+            loss,
+            norm,
+            not reason,
+            reason,
+            len(plan),
+            gap_sum / gap_tokens if measured else None,
+            gap_max if measured else None,
+            int(gap_count),
+        )
 
     def _forward_backward(self, batch: ScoredBatch, plan: tuple[tuple[int, ...], ...]) -> list[float]:
         student, config = self.trainer.student, self.config
@@ -148,9 +154,12 @@ class TrainingStep:
         )
         if micro.advantage is not None:
             own = student_logprobs(
-                logits, targets.sampled_ids[:, None], group, vocab_size=student.vocab_size,
+                logits,
+                targets.sampled_ids[:, None],
+                group,
+                vocab_size=student.vocab_size,
                 chunk_tokens=self.config.loss.chunk_tokens,
-            )  # fmt: skip
+            )
             total = total - (micro.advantage * own[:, 0]).sum()
         return total
 

@@ -92,9 +92,10 @@ def class_differences(real: Sources, name: str, node: ast.ClassDef, place: tuple
                 found.append(f"{name}.{member} is not there")
             elif isinstance(part, ast.FunctionDef) and member in ("__init__", "forward"):
                 theirs = (
-                    real.takes(place[0], place[1].name) if member == "__init__"
+                    real.takes(place[0], place[1].name)
+                    if member == "__init__"
                     else signature(members[member], method=True)
-                )  # fmt: skip
+                )
                 if how := differs(signature(part, method=True), theirs):
                     found.append(f"{name}.{member}: {how}")
     return found
@@ -194,10 +195,20 @@ def test_transformer_engine_takes_what_megatron_core_passes(real: Sources) -> No
 _POSITIONAL = {"DotProductAttention": {"num_attention_heads", "kv_channels"}}
 # What this package asks of Transformer Engine's modules and parameters.
 ASKED = (
-    "_fp8_workspaces", "fuse_wgrad_accumulation", "get_extra_state", "set_extra_state", "save_original_input",
-    "is_first_microbatch", "get_high_precision_init_val", "clear_high_precision_init_val", "dequantize",
-    "preserve_high_precision_init_val", "QuantizedTensor", "RMSNorm", "layer_norm_weight",
-)  # fmt: skip
+    "_fp8_workspaces",
+    "fuse_wgrad_accumulation",
+    "get_extra_state",
+    "set_extra_state",
+    "save_original_input",
+    "is_first_microbatch",
+    "get_high_precision_init_val",
+    "clear_high_precision_init_val",
+    "dequantize",
+    "preserve_high_precision_init_val",
+    "QuantizedTensor",
+    "RMSNorm",
+    "layer_norm_weight",
+)
 
 
 @each

@@ -17,9 +17,14 @@ from megatron_opd.compat.versions import NEEDED, SUPPORTED, VersionError, check_
 
 ROOT = Path(__file__).resolve().parents[2]
 GOOD = {
-    "python": "3.12.1", "torch": "2.13.0+cpu", "megatron-core": "0.19.2", "mbridge": "0.15.1", "transformers": "5.19.0",
-    "transformer-engine": "2.20.2", "vllm": "0.32.0",
-}  # fmt: skip
+    "python": "3.12.1",
+    "torch": "2.13.0+cpu",
+    "megatron-core": "0.19.2",
+    "mbridge": "0.15.1",
+    "transformers": "5.19.0",
+    "transformer-engine": "2.20.2",
+    "vllm": "0.32.0",
+}
 
 
 def check(*packages: str, **other: str | None) -> str:

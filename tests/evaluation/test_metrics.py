@@ -54,11 +54,15 @@ def test_bootstrap_interval_is_seeded_and_covers_what_it_should():
 
 def test_summary():
     rows = [
-        answer(0, 0, True, "1", 10), answer(0, 1, False, "2", 20),
-        answer(0, 2, False, "2", 30, True), answer(0, 3, True, "1", 40),
-        answer(1, 0, False, None, 50, True, problem="late"), answer(1, 1, False, "7", 50, score=0.5),
-        answer(1, 2, True, "8", 100), answer(1, 3, True, "8", 100),
-    ]  # fmt: skip
+        answer(0, 0, True, "1", 10),
+        answer(0, 1, False, "2", 20),
+        answer(0, 2, False, "2", 30, True),
+        answer(0, 3, True, "1", 40),
+        answer(1, 0, False, None, 50, True, problem="late"),
+        answer(1, 1, False, "7", 50, score=0.5),
+        answer(1, 2, True, "8", 100),
+        answer(1, 3, True, "8", 100),
+    ]
     got = summarize(rows, 4, seed=1)
     assert got["accuracy"] == got["avg@4"] == got["pass@1"] == 0.5
     assert got["pass@2"] == pytest.approx(1 - 1 / 6)

@@ -16,8 +16,8 @@ from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.evaluation.run import EvaluationError, evaluate, load_eval_sets
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.types import END_EOS, END_LENGTH, Rollout
+from tests.data.make_tokenizers import make_hugging_face, make_sentencepiece
 from tests.distributed import run_distributed
-from tests.test_data.make_tokenizers import make_hugging_face, make_sentencepiece
 
 OWN = "tests.evaluation.own_verifiers:misbehave"
 
@@ -26,7 +26,7 @@ class Scripted(RolloutEngine):
     """Answers "N" or "N+1" to the prompt "N", by a coin that (seed, index) decides, as a real engine's sampler does."""
 
     def __init__(self, tokenizer, die_after: int | None = None, version: int = 7):
-        self.tokenizer, self.die_after, self.weight_version = tokenizer, die_after, version
+        self.tokenizer, self.die_after, self.policy_version = tokenizer, die_after, version
         self.asked: list[tuple[str, int]] = []
         self.samplings: list = []
 
@@ -44,12 +44,12 @@ class Scripted(RolloutEngine):
             ids = torch.tensor(ids[: sampling.max_tokens])
             reason, none = END_LENGTH if cut else END_EOS, torch.zeros(len(ids), 0)
             rollouts.append(
-                Rollout(r.prompt, r.index, ids, torch.zeros(len(ids)), none.long(), none, reason, self.weight_version)
+                Rollout(r.prompt, r.index, ids, torch.zeros(len(ids)), none.long(), none, reason, self.policy_version)
             )
         return rollouts
 
     def update_parameters(self, named_parameters, version):
-        self.weight_version = version
+        self.policy_version = version
 
     def probe(self, tokens):
         raise NotImplementedError("an evaluation asks for answers alone")
@@ -71,11 +71,11 @@ def setup(tokenizer, prompts: str, chunk=6, save=True, **changes):
         "name": "easy",
         "prompts": prompts,
         "verifier": "exact",
-        "answers_per_prompt": 3,
+        "responses_per_prompt": 3,
         "max_tokens": 50,
         **changes,
     }
-    settings = EvalConfig.model_validate({"sets": [one], "chunk_answers": chunk, "save_answers": save, "seed": 5})
+    settings = EvalConfig.model_validate({"sets": [one], "chunk_responses": chunk, "save_responses": save, "seed": 5})
     return settings, load_eval_sets(settings, DataConfig(prompts=prompts, template="none"), tokenizer)
 
 
@@ -103,7 +103,7 @@ def test_numbers_and_the_file_for_reading(tokenizer, tmp_path):
     assert len(lines) == 18 and numbers["length_mean"] == sum(x["length"] for x in lines) / 18
     for line in lines:
         assert line["correct"] == right[line["uid"]][line["sample"]] == (line["response"] == line["answer"])
-        assert (line["prompt"], line["weight_version"]) == (f"{line['answer']}?", 7)
+        assert (line["prompt"], line["policy_version"]) == (f"{line['answer']}?", 7)
         assert (line["extracted"], line["truncated"], line["problem"]) == (line["response"], False, None)
     assert json.loads((tmp_path / "eval" / "step20.json").read_text()) == {"step": 20, **result}
 
@@ -116,7 +116,7 @@ def test_truncation_is_reported(tokenizer, tmp_path):
 
 def test_several_sets(tokenizer, tmp_path):
     one = {"prompts": prompts_file(tmp_path), "verifier": "exact"}
-    many = [{"name": n, **one, "answers_per_prompt": k} for n, k in (("a", 1), ("b", 2))]
+    many = [{"name": n, **one, "responses_per_prompt": k} for n, k in (("a", 1), ("b", 2))]
     settings = EvalConfig.model_validate({"sets": many})
     sets = load_eval_sets(settings, DataConfig(prompts="x", template="none"), tokenizer)
     result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 0, True)
@@ -195,7 +195,7 @@ def test_a_verifier_that_hangs_or_crashes_is_reported_and_the_rest_counts(tmp_pa
             return rollouts
 
     path = prompts_file(tmp_path, answers=("raise", "is", "die", "a", "hang"))
-    settings, sets = setup(tokenizer, path, verifier=OWN, answers_per_prompt=1)
+    settings, sets = setup(tokenizer, path, verifier=OWN, responses_per_prompt=1)
     settings.verifier_timeout_s = 3
     result = evaluate(Fixed(tokenizer), sets, tokenizer, settings, tmp_path, 1, True)
     assert result["accuracy"]["easy"] == pytest.approx(2 / 5)
@@ -223,7 +223,7 @@ def test_errors_say_what_is_wrong(tokenizer, tmp_path):
     class Old(Scripted):
         def generate(self, *arguments):
             rollouts = super().generate(*arguments)
-            rollouts[2].weight_version = 6
+            rollouts[2].policy_version = 6
             return rollouts
 
     with pytest.raises(EvaluationError, match=r"weight versions \[6\], the engine holds 7"):

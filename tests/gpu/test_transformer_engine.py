@@ -20,14 +20,14 @@ import torch
 from megatron_opd.config import ParallelConfig, parse_config
 from megatron_opd.models.build import build_model
 from megatron_opd.models.compare import difference, megatron_logits
-from megatron_opd.models.converted import save_converted
 from megatron_opd.models.packed import pack_row
-from megatron_opd.models.parameters import local_parameters, values
-from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.parallel.groups import student_layout
 from megatron_opd.training.setup import Trainer, build_optimizer, build_scheduler, init_distributed, wrap_ddp
 from megatron_opd.training.step import StepResult, TrainingStep
 from megatron_opd.types import Prompt, Rollout, ScoredBatch, TeacherScores
+from megatron_opd.weights.converted import save_converted
+from megatron_opd.weights.loading import export_hf_weights
+from megatron_opd.weights.parameters import local_parameters, values
 from tests.models.test_transformer_engine import (
     LAYER,
     TOKENS,
@@ -212,12 +212,17 @@ def batch() -> ScoredBatch:
 def one_step(device, directory: Path, fused_head: bool = False, **student) -> tuple[StepResult, dict]:
     """A step, and the parameters after it; the second result proves that the first left a working model behind."""
     distributed = bool(student.get("fp8_params"))
-    config = parse_config({
-        "device": "cuda", "student": {"model": str(directory), "precision": "bf16", **student},
-        "teacher": {"model": str(directory)}, "prune": {"k": 4}, "data": {"prompts": "none.jsonl"},
-        "loss": {"fused_head": fused_head},
-        "train": {"lr": 1e-3, "tokens_per_microbatch": 96, "distributed_optimizer": distributed},
-    })  # fmt: skip
+    config = parse_config(
+        {
+            "device": "cuda",
+            "student": {"model": str(directory), "precision": "bf16", **student},
+            "teacher": {"model": str(directory)},
+            "prune": {"k": 4},
+            "data": {"prompts": "none.jsonl"},
+            "loss": {"fused_head": fused_head},
+            "train": {"lr": 1e-3, "tokens_per_microbatch": 96, "distributed_optimizer": distributed},
+        }
+    )
     model = build_model("student", config.student, student_layout(config.student.parallel), device)
     ddp = wrap_ddp(model, config.train)
     optimizer = build_optimizer(model, ddp, config.train)

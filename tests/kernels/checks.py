@@ -141,9 +141,14 @@ def check_head(case: Case, hidden_size: int, chunk: int) -> None:
     prune_weight = torch.rand(case.rows, generator=generator).to(case.device)
     prune_weight[::3] = 0
     loss, logprobs = fused_head_loss(
-        hidden, weight, ids, reverse_kl_objective(teacher, prune_weight),
-        vocab_size=case.real, temperature=case.temperature, chunk_tokens=chunk,
-    )  # fmt: skip
+        hidden,
+        weight,
+        ids,
+        reverse_kl_objective(teacher, prune_weight),
+        vocab_size=case.real,
+        temperature=case.temperature,
+        chunk_tokens=chunk,
+    )
     (loss * 0.5).backward()
     mine = [t.detach().double().requires_grad_() for t in (hidden, weight)]
     logp = (mine[0] @ mine[1].t())[:, : case.real].div(case.temperature).log_softmax(1).gather(1, ids)

@@ -27,8 +27,12 @@ def interpreted(tmp_path_factory):
     out = tmp_path_factory.mktemp("interpreted") / "found.json"
     run = subprocess.run(
         [sys.executable, "-m", "tests.kernels.interpreted", str(out)],
-        cwd=ROOT, env={**os.environ, "TRITON_INTERPRET": "1"}, capture_output=True, text=True, timeout=300,
-    )  # fmt: skip
+        cwd=ROOT,
+        env={**os.environ, "TRITON_INTERPRET": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert run.returncode == 0, run.stderr
     return json.loads(out.read_text())
 

@@ -23,10 +23,17 @@ def made() -> dict[str, Tensor]:
     weight = draw(TOKENS).abs()
     weight[::5] = 0
     return {
-        "head": head, "hidden": hidden, "ids": ids, "weight": weight, "teacher": -draw(TOKENS, K).abs(),
-        "sampled": torch.randint(VOCAB, (TOKENS,), generator=generator), "teacher_sampled": -draw(TOKENS).abs(),
-        "importance": draw(TOKENS).abs(), "advantage": draw(TOKENS), "rollout": -draw(TOKENS).abs(),
-    }  # fmt: skip
+        "head": head,
+        "hidden": hidden,
+        "ids": ids,
+        "weight": weight,
+        "teacher": -draw(TOKENS, K).abs(),
+        "sampled": torch.randint(VOCAB, (TOKENS,), generator=generator),
+        "teacher_sampled": -draw(TOKENS).abs(),
+        "importance": draw(TOKENS).abs(),
+        "advantage": draw(TOKENS),
+        "rollout": -draw(TOKENS).abs(),
+    }
 
 
 def targets_of(x: dict[str, Tensor]) -> DistillTargets:
@@ -53,10 +60,18 @@ def fused(kind: str, x: dict[str, Tensor], group: dist.ProcessGroup | None, sequ
     head = x["head"][rank * columns : (rank + 1) * columns].clone().requires_grad_()
     hidden = hidden.clone().requires_grad_()
     total, own = head_loss(
-        kind, hidden, head, targets_of(x), x["weight"], group, vocab_size=VOCAB, sequence_parallel=sequence,
-        chunk_tokens=7, advantage=x["advantage"],
+        kind,
+        hidden,
+        head,
+        targets_of(x),
+        x["weight"],
+        group,
+        vocab_size=VOCAB,
+        sequence_parallel=sequence,
+        chunk_tokens=7,
+        advantage=x["advantage"],
         reweigh=lambda own, rows: (own - x["rollout"][rows]).exp().clamp(max=1.5),
-    )  # fmt: skip
+    )
     (total * 0.3).backward()
     return total.detach(), own, hidden.grad, head.grad
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from megatron_opd.models.platform import PATCHED
+from megatron_opd.compat.cpu_platform import PATCHED
 from megatron_opd.parallel.schedule import run_schedule
 from tests.distributed import run_distributed
 from tests.layouts import student_model, teacher_model, whole_vocabulary
@@ -18,8 +18,15 @@ from tests.models.tiny_families import VOCAB, make
 FAMILIES = ("qwen3", "qwen3_tied", "qwen2", "llama2")
 ROWS = [[5, 9], [17], [3, 4, 6, 2], [1, 30]]  # lengths of the sequences of four rows
 # Student's layout, teacher's layout; the first is enough for every family, the others run on two.
-PAIRS = [("tp2_sp_pp2", "tp2"), ("tp1", "pp2"), ("tp2_sp", "pp2"), ("pp2", "tp2_sp_pp2"), ("tp2_pp2", "tp1"),
-         ("vpp2", "tp1"), ("tp2_sp_vpp2", "pp2")]  # fmt: skip
+PAIRS = [
+    ("tp2_sp_pp2", "tp2"),
+    ("tp1", "pp2"),
+    ("tp2_sp", "pp2"),
+    ("pp2", "tp2_sp_pp2"),
+    ("tp2_pp2", "tp1"),
+    ("vpp2", "tp1"),
+    ("tp2_sp_vpp2", "pp2"),
+]
 
 
 def sequences() -> list[list[torch.Tensor]]:
@@ -56,9 +63,15 @@ def run_rows(model, loss=None) -> list[torch.Tensor]:
 
     with torch.set_grad_enabled(loss is not None):
         run_schedule(
-            forward_step, model.chunks, model.config, model.layout, range(len(ROWS)), [n for _, n in rows],
-            forward_only=loss is None, collect=loss is None,
-        )  # fmt: skip
+            forward_step,
+            model.chunks,
+            model.config,
+            model.layout,
+            range(len(ROWS)),
+            [n for _, n in rows],
+            forward_only=loss is None,
+            collect=loss is None,
+        )
     return found
 
 

@@ -13,15 +13,15 @@ from transformers import AutoModelForCausalLM
 from megatron_opd.config import ConfigError, ModelConfig, ParallelConfig, TeacherConfig
 from megatron_opd.models.build import Model, build_model, check_layout
 from megatron_opd.models.compare import difference, megatron_logits
-from megatron_opd.models.converted import save_converted
 from megatron_opd.models.fp8 import check_fp8, fuse_gradient_accumulation
-from megatron_opd.models.parameters import local_parameters, together, values
-from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.parallel.groups import teacher_layout
 from megatron_opd.rollout.base import Request, Sampling
-from megatron_opd.rollout.megatron import MegatronEngine
+from megatron_opd.rollout.megatron.engine import MegatronEngine
 from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.types import Prompt
+from megatron_opd.weights.converted import save_converted
+from megatron_opd.weights.loading import export_hf_weights
+from megatron_opd.weights.parameters import local_parameters, together, values
 from tests.layouts import destroy_groups, student_model
 from tests.models.tiny_families import VOCAB, make
 from tests.stand_in import with_stand_in
@@ -31,10 +31,15 @@ CONVERTED = ("qwen3_tied", "qwen3_moe")
 TOKENS = torch.randint(VOCAB, (37,), generator=torch.Generator().manual_seed(1))
 CPU = torch.device("cpu")
 LAYER = [  # parameters of one layer of Qwen3 in the Transformer Engine build, in their order
-    "self_attention.linear_proj.weight", "self_attention.linear_qkv.layer_norm_weight",
-    "self_attention.linear_qkv.weight", "self_attention.q_layernorm.weight", "self_attention.k_layernorm.weight",
-    "mlp.linear_fc1.layer_norm_weight", "mlp.linear_fc1.weight", "mlp.linear_fc2.weight",
-]  # fmt: skip
+    "self_attention.linear_proj.weight",
+    "self_attention.linear_qkv.layer_norm_weight",
+    "self_attention.linear_qkv.weight",
+    "self_attention.q_layernorm.weight",
+    "self_attention.k_layernorm.weight",
+    "mlp.linear_fc1.layer_norm_weight",
+    "mlp.linear_fc1.weight",
+    "mlp.linear_fc2.weight",
+]
 HYBRID = {"precision": "bf16", "fp8": "hybrid"}
 
 
@@ -216,9 +221,14 @@ def test_fp8_where_the_gpu_lacks_it(recipe, capability, cuda, message):
 
 @pytest.mark.parametrize(
     ("recipe", "capability", "cuda"),
-    [("tensorwise", (8, 9), "12.4"), ("delayed", (9, 0), "12.0"), ("blockwise", (9, 0), "12.10"),
-     ("blockwise", (9, 0), "13.0"), ("mxfp8", (10, 0), "13.0")],
-)  # fmt: skip
+    [
+        ("tensorwise", (8, 9), "12.4"),
+        ("delayed", (9, 0), "12.0"),
+        ("blockwise", (9, 0), "12.10"),
+        ("blockwise", (9, 0), "13.0"),
+        ("mxfp8", (10, 0), "13.0"),
+    ],
+)
 def test_fp8_where_the_gpu_has_it(recipe, capability, cuda):
     check_fp8("student", ModelConfig(model="/m", fp8="hybrid", fp8_recipe=recipe), capability, cuda)
     check_fp8("student", ModelConfig(model="/m"), (7, 0), None)

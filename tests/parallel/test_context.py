@@ -15,7 +15,7 @@ from megatron_opd.models.packed import pack_row
 from megatron_opd.parallel.context import held_places, padded_length, response_places, row_order
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.rollout.base import Request, Sampling
-from megatron_opd.rollout.megatron import MegatronEngine
+from megatron_opd.rollout.megatron.engine import MegatronEngine
 from megatron_opd.scoring.incremental import SegmentScorer
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.types import Prompt
@@ -28,8 +28,15 @@ from tests.scoring.test_scoring import answers as scored_answers
 
 LENGTHS = [5, 30, 1, 17]  # of the sequences of one row, none of which divides
 # Student's layout and teacher's, in a world of four.
-PAIRS = [("cp2", "tp2"), ("cp4", "cp2_pp2"), ("cp2_tp2", "tp1"), ("cp2_tp2_sp", "cp4"), ("cp2_pp2", "cp2_tp2_sp"),
-         ("cp2_vpp2", "pp2"), ("tp2", "cp2")]  # fmt: skip
+PAIRS = [
+    ("cp2", "tp2"),
+    ("cp4", "cp2_pp2"),
+    ("cp2_tp2", "tp1"),
+    ("cp2_tp2_sp", "cp4"),
+    ("cp2_pp2", "cp2_tp2_sp"),
+    ("cp2_vpp2", "pp2"),
+    ("tp2", "cp2"),
+]
 TEACHERS = ("cp2", "cp4", "cp2_tp2_sp", "cp2_pp2")
 
 
@@ -123,9 +130,15 @@ def row_logits(model: Model) -> list[torch.Tensor] | None:
 
     with torch.no_grad():
         run_schedule(
-            forward_step, model.chunks, model.config, model.layout, range(2), [total] * 2, forward_only=True,
+            forward_step,
+            model.chunks,
+            model.config,
+            model.layout,
+            range(2),
+            [total] * 2,
+            forward_only=True,
             collect=True,
-        )  # fmt: skip
+        )
     if not model.layout.is_last_stage:
         assert not found
         return None

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_opd.config import Config, ConfigError, PruneConfig, parse_config
 from megatron_opd.models.cached import CachedForward
 from megatron_opd.rollout.base import Request, Sampling, Segment
-from megatron_opd.rollout.megatron import MegatronEngine
+from megatron_opd.rollout.megatron.engine import MegatronEngine
 from megatron_opd.scoring.incremental import SegmentScorer
 from megatron_opd.scoring.judge import judge
 from megatron_opd.scoring.score import score
@@ -51,11 +51,17 @@ def answers() -> list[tuple[list[int], list[int]]]:
 def as_rollouts(known: reference_step.Result) -> list[Rollout]:
     return [
         Rollout(
-            Prompt(i, "", p), i, torch.tensor(y), known.sampled_logprobs[i], known.candidates[i],
-            known.candidate_logprobs[i], "length", 0,
+            Prompt(i, "", p),
+            i,
+            torch.tensor(y),
+            known.sampled_logprobs[i],
+            known.candidates[i],
+            known.candidate_logprobs[i],
+            "length",
+            0,
         )
         for i, (p, y) in enumerate(answers())
-    ]  # fmt: skip
+    ]
 
 
 def in_segments(scorer: SegmentScorer, rollouts: list[Rollout], seed: int) -> list[TeacherScores]:
@@ -69,9 +75,15 @@ def in_segments(scorer: SegmentScorer, rollouts: list[Rollout], seed: int) -> li
                 end = min(len(r), at[i] + rng.randint(1, 12))
                 part = slice(at[i], end)
                 segments.append(
-                    Segment(Request(r.prompt, r.index), at[i], r.tokens[part], r.topk_ids[part], r.topk_logprobs[part],
-                            end == len(r))
-                )  # fmt: skip
+                    Segment(
+                        Request(r.prompt, r.index),
+                        at[i],
+                        r.tokens[part],
+                        r.topk_ids[part],
+                        r.topk_logprobs[part],
+                        end == len(r),
+                    )
+                )
                 at[i] = end
         for i, view in scorer.score(segments).items():
             found[i].append(view)
@@ -93,11 +105,15 @@ def teacher_passes(rank: int, directories: dict[str, str], known: reference_step
 
 
 def config_of(directories: dict[str, str], student: str, teacher: str, prune: dict) -> Config:
-    return parse_config({
-        "student": {"model": directories["student"], "precision": "fp32", "parallel": LAYOUTS[student]},
-        "teacher": {"model": directories["teacher"], "precision": "fp32", "parallel": LAYOUTS[teacher]},
-        "prune": {"k": K, **prune}, "train": {"tokens_per_microbatch": 64}, "data": {"prompts": "none.jsonl"},
-    })  # fmt: skip
+    return parse_config(
+        {
+            "student": {"model": directories["student"], "precision": "fp32", "parallel": LAYOUTS[student]},
+            "teacher": {"model": directories["teacher"], "precision": "fp32", "parallel": LAYOUTS[teacher]},
+            "prune": {"k": K, **prune},
+            "train": {"tokens_per_microbatch": 64},
+            "data": {"prompts": "none.jsonl"},
+        }
+    )
 
 
 def requests() -> list[Request]:
@@ -114,14 +130,15 @@ def together(rank: int, directories: dict[str, str]):
             engine = MegatronEngine(student, {11, 40}, max_batch=3)
             configs = {
                 "off": config_of(directories, student_layout, teacher_layout, {"preset": "off"}),
-                "never": config_of(directories, student_layout, teacher_layout,
-                                   {**FIRES, "threshold": 0.0, "preset": "in_flight"}),
+                "never": config_of(
+                    directories, student_layout, teacher_layout, {**FIRES, "threshold": 0.0, "preset": "in_flight"}
+                ),
                 "whole": config_of(
                     directories, student_layout, teacher_layout, {**FIRES, "preset": "paper", "cut": "none"}
                 ),
                 "after": config_of(directories, student_layout, teacher_layout, {**FIRES, "preset": "paper"}),
                 "in flight": config_of(directories, student_layout, teacher_layout, {**FIRES, "preset": "in_flight"}),
-            }  # fmt: skip
+            }
             pair = {}
             for name, config in configs.items():
                 rollouts, scores = score(engine, teacher, requests(), sampling, config, NoClock())

@@ -71,9 +71,14 @@ class Campaign:
 
     def submit(self) -> Job:
         return self.cluster.submit(
-            self.run_dir, self.tiny.config, "train.steps=100000", "train.watchdog_s=12", "checkpoint.max_failures=1000",
-            MAX_FAILURES="50", EXIT_GRACE_S="5",
-        )  # fmt: skip
+            self.run_dir,
+            self.tiny.config,
+            "train.steps=100000",
+            "train.watchdog_s=12",
+            "checkpoint.max_failures=1000",
+            MAX_FAILURES="50",
+            EXIT_GRACE_S="5",
+        )
 
     def run(self, seconds: float, only: list[str]) -> None:
         """Faults until the time is over, each kind once before any comes again."""
@@ -169,9 +174,12 @@ class Campaign:
         self.mark()
         output = self.folder / "second.out"
         second = self.cluster.submit(
-            self.run_dir, self.tiny.config, "train.steps=100000", sbatch=("--nodes=1", f"--output={output}"),
+            self.run_dir,
+            self.tiny.config,
+            "train.steps=100000",
+            sbatch=("--nodes=1", f"--output={output}"),
             NPROC_PER_NODE="2",
-        )  # fmt: skip
+        )
         second.output = output
         second.wait("FAILED")
         assert f"Slurm job {self.job.id}" in second.text(), second.text()

@@ -58,11 +58,21 @@ class Cluster:
     ) -> Job:
         """`sbatch slurm/train_qwen3.sh OVERRIDES`, or another script; `settings`: environment variables of the job."""
         run_dir.mkdir(parents=True, exist_ok=True)
-        environment = self.environment | {
-            "CONFIG": str(config), "RUN_DIR": str(run_dir), "PYTHON": sys.executable, "OMP_NUM_THREADS": "1",
-            "PYTHONWARNINGS": "ignore", "MIN_FREE_GB": "0.001", "PREFLIGHT": "0",
-            "EXIT_GRACE_S": "15", "PYTHONDONTWRITEBYTECODE": "",
-        } | settings  # fmt: skip
+        environment = (
+            self.environment
+            | {
+                "CONFIG": str(config),
+                "RUN_DIR": str(run_dir),
+                "PYTHON": sys.executable,
+                "OMP_NUM_THREADS": "1",
+                "PYTHONWARNINGS": "ignore",
+                "MIN_FREE_GB": "0.001",
+                "PREFLIGHT": "0",
+                "EXIT_GRACE_S": "15",
+                "PYTHONDONTWRITEBYTECODE": "",
+            }
+            | settings
+        )
         output = run_dir.parent / f"{run_dir.name}.out"
         command = ["sbatch", "--parsable", f"--output={output}", *sbatch, f"slurm/{script}", *overrides]
         done = subprocess.run(command, capture_output=True, text=True, env=environment, cwd=REPOSITORY)

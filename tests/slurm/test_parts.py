@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.preflight import Report, disk_problem, judge_reports, pairs, slow_links, slow_nodes
+from megatron_opd.runtime.preflight import Report, disk_problem, judge_reports, pairs, slow_links, slow_nodes
 from tests.slurm.harness import REPOSITORY
 
 sys.path.insert(0, str(REPOSITORY / "slurm"))
@@ -87,11 +87,28 @@ def test_missing_node_stops_all(tmp_path: Path) -> None:
         port = free.getsockname()[1]
     done = subprocess.run(
         [
-            sys.executable, "-m", "megatron_opd.preflight", "--nodes", "here,gone", "--rank", "0", "--port", str(port),
-            "--address", "127.0.0.1", "--directory", str(tmp_path), "--min-free-gb", "0", "--wait-s", "1",
+            sys.executable,
+            "-m",
+            "megatron_opd.runtime.preflight",
+            "--nodes",
+            "here,gone",
+            "--rank",
+            "0",
+            "--port",
+            str(port),
+            "--address",
+            "127.0.0.1",
+            "--directory",
+            str(tmp_path),
+            "--min-free-gb",
+            "0",
+            "--wait-s",
+            "1",
         ],
-        capture_output=True, text=True, cwd=REPOSITORY,
-    )  # fmt: skip
+        capture_output=True,
+        text=True,
+        cwd=REPOSITORY,
+    )
     assert done.returncode == 1
     assert "bad node gone: did not come" in done.stdout
 
@@ -113,11 +130,18 @@ def submit(folder: Path, fakes: dict[str, str], **settings: str) -> subprocess.C
     for name in ("student", "teacher", "data"):
         (folder / name).mkdir(exist_ok=True)
     environment = {
-        "PATH": f"{folder / 'bin'}:/usr/bin:/bin", "HOME": str(folder), "CALLS": str(folder / "calls"), "SRUN_HELP": "",
-        "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "n[1-3]", "SLURM_SUBMIT_DIR": str(REPOSITORY),
-        "STUDENT": str(folder / "student"), "TEACHER": str(folder / "teacher"), "RUN_DIR": str(folder / "run"),
+        "PATH": f"{folder / 'bin'}:/usr/bin:/bin",
+        "HOME": str(folder),
+        "CALLS": str(folder / "calls"),
+        "SRUN_HELP": "",
+        "SLURM_JOB_ID": "7",
+        "SLURM_JOB_NODELIST": "n[1-3]",
+        "SLURM_SUBMIT_DIR": str(REPOSITORY),
+        "STUDENT": str(folder / "student"),
+        "TEACHER": str(folder / "teacher"),
+        "RUN_DIR": str(folder / "run"),
         "PROMPTS": str(folder / "data" / "prompts.jsonl"),
-    } | settings  # fmt: skip
+    } | settings
     script = str(REPOSITORY / "slurm" / "train_qwen3.sh")
     return subprocess.run(["bash", script, "train.steps=5"], capture_output=True, text=True, env=environment)
 
@@ -142,7 +166,7 @@ def test_in_a_container_by_pyxis(tmp_path: Path) -> None:
     for line in (preflight, train):
         assert f"--container-image=opd.sqsh --container-mounts={seen_inside(tmp_path)},/scratch:/scratch " in line
         assert f"--container-workdir={REPOSITORY}" in line and "apptainer" not in line
-    assert "--nodes=3" in preflight and "python3 -m megatron_opd.preflight --nodes n1,n2,n3" in preflight
+    assert "--nodes=3" in preflight and "python3 -m megatron_opd.runtime.preflight --nodes n1,n2,n3" in preflight
     assert f"--nodelist=n1,n2,n3 --output={tmp_path}/run/logs/7.0/%N.log python3 {REPOSITORY}/slurm/launch.py" in train
     assert train.endswith(f" train {REPOSITORY}/examples/qwen3/recipe.yaml run_dir={tmp_path}/run train.steps=5")
 
@@ -150,14 +174,16 @@ def test_in_a_container_by_pyxis(tmp_path: Path) -> None:
 def test_in_a_container_by_apptainer(tmp_path: Path) -> None:
     preflight, train = job_commands(tmp_path, CONTAINER_IMAGE="opd.sif", PYTHON="/opt/bin/python")
     inside = f"apptainer exec --nv --bind {seen_inside(tmp_path)} --pwd {REPOSITORY} opd.sif /opt/bin/python "
-    assert f"{inside}-m megatron_opd.preflight" in preflight and f"{inside}{REPOSITORY}/slurm/launch.py" in train
+    assert (
+        f"{inside}-m megatron_opd.runtime.preflight" in preflight and f"{inside}{REPOSITORY}/slurm/launch.py" in train
+    )
     assert "--container" not in preflight + train
 
 
 def test_servers_take_the_last_nodes(tmp_path: Path) -> None:
     """Without GPUs: one server a node, at ports from VLLM_PORT on; the ranks know them by name."""
     commands = job_commands(tmp_path, VLLM_NODES="1", VLLM_PORT="9000", PREFLIGHT="0")
-    gpus, servers, train = sorted(commands, key=lambda line: ("launch.py" in line, "serve.sh" in line))
+    gpus, servers, train = sorted(commands, key=lambda line: ("runtime/launch.py" in line, "serve.sh" in line))
     assert "--nodelist=n3" in gpus and "--nodes=1 --ntasks=1 --nodelist=n3" in servers
     assert "--nodes=2 --ntasks=2 --nodelist=n1,n2" in train
     override = 'rollout.engine=vllm rollout.mode=server rollout.servers=["http://n3:9000"] '
@@ -180,10 +206,12 @@ def test_what_ended_a_job_is_in_its_output(tmp_path: Path) -> None:
     done = submit(tmp_path, FAKES | {"srun": ENDED}, PREFLIGHT="0")
     assert done.returncode == 2
     told = [
-        "  10:00:01 rank 1 ended by SIGKILL on n2", "  10:00:02 rank 0 ended by exit code 2 on n1",
-        "  n3: no log: the node never started", "  n1: megatron-opd: 1 problem(s) in the config:",
+        "  10:00:01 rank 1 ended by SIGKILL on n2",
+        "  10:00:02 rank 0 ended by exit code 2 on n1",
+        "  n3: no log: the node never started",
+        "  n1: megatron-opd: 1 problem(s) in the config:",
         "  n1:   train: warmup_steps: 2 must be below steps: 2",
-    ]  # fmt: skip
+    ]
     assert "\n".join(told) in done.stdout and "n1: something else" not in done.stdout
     assert "running again would end the same way" in done.stdout
 

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from megatron_opd.models.converted import MANIFEST
-from tests.rollout.vllm_tiny import UNCOMPILED
+from megatron_opd.weights.converted import MANIFEST
+from tests.rollout.vllm.tiny import UNCOMPILED
 from tests.slurm.conftest import Tiny
 from tests.slurm.harness import Cluster, metrics
 from tests.tiny_run import make_model
@@ -22,9 +22,14 @@ def test_convert_then_train(cluster: Cluster, tiny: Tiny, run_dir: Path) -> None
     """A run that starts from the converted student has the curve of the one from the original."""
     source, converted = tiny.run.folder / "student", tiny.run.folder / "converted"
     job = cluster.submit(
-        run_dir, tiny.config, script="convert_qwen3.sh", sbatch=("--cpus-per-task=1", "--mem=0"),
-        SOURCES=str(source), DESTINATION=str(converted), VERIFY="1",
-    )  # fmt: skip
+        run_dir,
+        tiny.config,
+        script="convert_qwen3.sh",
+        sbatch=("--cpus-per-task=1", "--mem=0"),
+        SOURCES=str(source),
+        DESTINATION=str(converted),
+        VERIFY="1",
+    )
     job.wait()
     assert (converted / "student" / MANIFEST).is_file() and "equal within" in job.text()
     train = cluster.submit(run_dir, tiny.config, f"train.steps={FEW}", f"student.model={converted}/student")
@@ -34,7 +39,7 @@ def test_convert_then_train(cluster: Cluster, tiny: Tiny, run_dir: Path) -> None
 
 def test_eval_of_the_newest_checkpoint(cluster: Cluster, tiny: Tiny) -> None:
     prompts = tiny.run.folder / "prompts.jsonl"
-    sets = f"eval.sets=[{{name: sums, prompts: {prompts}, limit: 6, answers_per_prompt: 2, max_tokens: 8}}]"
+    sets = f"eval.sets=[{{name: sums, prompts: {prompts}, limit: 6, responses_per_prompt: 2, max_tokens: 8}}]"
     job = cluster.submit(
         tiny.job.run_dir, tiny.config, sets, script="eval_qwen3.sh", sbatch=("--nodes=2",), PREFLIGHT="1"
     )
@@ -54,10 +59,18 @@ def test_vllm_on_a_node_of_its_own(cluster: Cluster, tiny: Tiny, run_dir: Path) 
     student = tiny.run.folder / "student_vllm"
     make_model(student, tiny.run.folder / "tokenizer.model", seed=0, head_dim=32)  # a size that vLLM has a kernel for
     job = cluster.submit(
-        run_dir, tiny.config, "train.steps=1000", f"student.model={student}", "checkpoint.every=1000",
-        sbatch=("--nodes=3",), VLLM_NODES="1", VLLM_PRECISION="fp32", VLLM_MAX_BATCH="4", STUDENT=str(student),
+        run_dir,
+        tiny.config,
+        "train.steps=1000",
+        f"student.model={student}",
+        "checkpoint.every=1000",
+        sbatch=("--nodes=3",),
+        VLLM_NODES="1",
+        VLLM_PRECISION="fp32",
+        VLLM_MAX_BATCH="4",
+        STUDENT=str(student),
         **UNCOMPILED,
-    )  # fmt: skip
+    )
     job.wait_for_step(2)
     cluster.call("scancel", "--batch", "--signal=USR2", job.id)
     job.wait()

@@ -11,7 +11,7 @@ import pytest
 from tests.tiny_run import REPOSITORY, TinyRun, child_environment
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
-from benchmark_common import growth_exponent, summary  # noqa: E402
+from benchmark.common import growth_exponent, summary  # noqa: E402
 
 ONE_PROCESS = ("student.parallel.tensor=1", "student.parallel.sequence=false", "teacher.parallel.pipeline=1")
 
@@ -21,9 +21,13 @@ def benchmark(folder, *arguments):
     report = folder / "report.json"
     command = [sys.executable, str(REPOSITORY / "tools" / "benchmark.py"), arguments[0], "--json", str(report)]
     done = subprocess.run(
-        [*command, "--device", "cpu", *map(str, arguments[1:])], cwd=folder, env=child_environment(),
-        capture_output=True, text=True, timeout=240,
-    )  # fmt: skip
+        [*command, "--device", "cpu", *map(str, arguments[1:])],
+        cwd=folder,
+        env=child_environment(),
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())
     assert found["benchmark"] == arguments[0] and found["date"] and "gloo" in found["device"]

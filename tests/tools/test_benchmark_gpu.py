@@ -14,8 +14,8 @@ from tests.tiny_run import REPOSITORY, child_environment
 
 TOOLS = str(REPOSITORY / "tools")
 sys.path.insert(0, TOOLS)
-import benchmark_gpu  # noqa: E402
-from benchmark_gpu_common import MODELS, forward_flops, mean_context  # noqa: E402
+from benchmark import gpu  # noqa: E402
+from benchmark.gpu_common import MODELS, forward_flops, mean_context  # noqa: E402
 
 
 def parts(rank: int, world: int, folder: Path, names: tuple[str, ...]) -> dict[str, list[dict]]:
@@ -23,8 +23,8 @@ def parts(rank: int, world: int, folder: Path, names: tuple[str, ...]) -> dict[s
     import importlib
 
     sys.path.insert(0, TOOLS)
-    from benchmark_gpu_common import SIZES, Bench, Report
-    from benchmark_gpu_worker import PLACES
+    from benchmark.gpu_common import SIZES, Bench, Report
+    from benchmark.gpu_worker import PLACES
 
     found = {}
     for name in names:
@@ -70,7 +70,7 @@ def test_training_and_scoring_in_each_precision(entries):
     assert [e["precision"] for e in scored] == ["bf16", "bf16, local layers"]
     failed = [e["precision"] for e in entries["score"] if "error" in e]
     assert failed == ["FP8 tensorwise", "FP8 blockwise", "FP8 tensorwise, FP8 parameters"]
-    cost = benchmark_gpu.teacher_cost({"train": {"entries": trained}, "score": {"entries": scored}})
+    cost = gpu.teacher_cost({"train": {"entries": trained}, "score": {"entries": scored}})
     assert len(cost) == 4
     assert cost[0]["teacher_tokens_per_student_token"] == scored[0]["tokens_per_s"] / trained[0]["tokens_per_s"]
 
@@ -105,18 +105,21 @@ def test_flops_of_a_known_shape():
 
 
 def test_a_part_that_is_stopped_keeps_the_file_whole(tmp_path):
-    stopped = benchmark_gpu.run_part("kernels", "cpu", "tiny", limit=0.2)
+    stopped = gpu.run_part("kernels", "cpu", "tiny", limit=0.2)
     assert stopped["status"] == "stopped after 0 s" and stopped["entries"] == []
     report = tmp_path / "gpu.json"
     before = {"score": {"entries": [1]}, "machine": {}}
     report.write_text(json.dumps({"settings": {"sizes": "tiny"}, "results": before}))
-    assert benchmark_gpu.earlier(report, "tiny") == {"score": {"entries": [1]}}
-    assert benchmark_gpu.earlier(report, "full") == {}
+    assert gpu.earlier(report, "tiny") == {"score": {"entries": [1]}}
+    assert gpu.earlier(report, "full") == {}
     command = [sys.executable, f"{TOOLS}/benchmark.py", "gpu", "--device", "cpu", "--part", "kernels"]
     done = subprocess.run(
-        [*command, "--sizes", "tiny", "--json", str(report)], env=child_environment(), capture_output=True, text=True,
+        [*command, "--sizes", "tiny", "--json", str(report)],
+        env=child_environment(),
+        capture_output=True,
+        text=True,
         timeout=200,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(report.read_text())["results"]
     assert results["score"] == {"entries": [1]} and results["kernels"]["status"] == "finished"

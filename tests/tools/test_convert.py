@@ -196,11 +196,14 @@ def test_unknown_architecture(copy, tmp_path, capsys):
     assert "MambaForCausalLM" in message and "llama, qwen2, qwen3, qwen3_moe" in message
 
 
-@pytest.mark.parametrize("keys, words", [
-    ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
-    ({"attention_bias": True}, "attention_bias: True"),
-    ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "keys, words",
+    [
+        ({"quantization_config": {"quant_method": "fp8"}}, "quantised"),
+        ({"attention_bias": True}, "attention_bias: True"),
+        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope type 'dynamic'"),
+    ],
+)
 def test_variants_that_would_compute_something_else(copy, tmp_path, capsys, keys, words):
     edit_config(copy, **keys)
     assert words in refused(capsys, tmp_path / "out", "import", "--hf", copy, "--out", tmp_path / "out")

@@ -18,7 +18,7 @@ CASES = [Case("paper", (*ALONE, *EVALUATED)), Case("in_flight", (*ALONE, *EVALUA
 
 
 def train(rank: int, world: int, folder: Path) -> Any:
-    from megatron_opd.rollout.megatron import MegatronEngine
+    from megatron_opd.rollout.megatron.engine import MegatronEngine
     from megatron_opd.training import run
 
     done: list[str] = []

@@ -16,9 +16,15 @@ V, K = 23, 4
 def rollout(index: int, length: int) -> Rollout:
     tokens = torch.arange(length) % V
     return Rollout(
-        Prompt(0, "", [1]), index, tokens, torch.zeros(length), torch.zeros(length, K, dtype=torch.int64),
-        torch.zeros(length, K), "length", 0,
-    )  # fmt: skip
+        Prompt(0, "", [1]),
+        index,
+        tokens,
+        torch.zeros(length),
+        torch.zeros(length, K, dtype=torch.int64),
+        torch.zeros(length, K),
+        "length",
+        0,
+    )
 
 
 def batch(lengths: list[int], effective: list[int]) -> ScoredBatch:
@@ -57,9 +63,14 @@ def test_gradient_is_distillation_before_and_policy_gradient_behind_the_drift_po
 
     targets = DistillTargets(ids, teacher.gather(1, ids).float(), sampled, torch.zeros(length))
     micro = MicroBatch(
-        torch.zeros(length, dtype=torch.int64), None, targets, weight, torch.zeros(length),
-        torch.ones(length, dtype=torch.bool), advantage,
-    )  # fmt: skip
+        torch.zeros(length, dtype=torch.int64),
+        None,
+        targets,
+        weight,
+        torch.zeros(length),
+        torch.ones(length, dtype=torch.bool),
+        advantage,
+    )
     student = SimpleNamespace(layout=SimpleNamespace(groups=SimpleNamespace(tp=None)), vocab_size=V)
     step = object.__new__(TrainingStep)
     step.trainer = SimpleNamespace(student=student)

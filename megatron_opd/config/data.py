@@ -1,0 +1,105 @@
+"""Prompts and evaluation."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_opd.config.base import FilePath, Positive, Section
+
+
+class DataConfig(Section):
+    prompts: FilePath
+    """JSONL (.jsonl) or Parquet (.parquet) file, or reasoning_gym:NAME."""
+    prompt_key: str = "prompt"
+    """Column of the prompt: text, or chat messages; dots reach into objects. A file without it is looked through for
+    the columns that DAPO-Math-17K, AIME, AMC and HMMT use, and the choice is reported."""
+    answer_key: str = "answer"
+    """Column of the reference answer; dots reach into objects (reward_model.ground_truth). Known columns are found as
+    for prompt_key."""
+    source_key: str = "source"
+    """Column that names the data set; missing is fine."""
+    template: Literal["chat", "none"] = "chat"
+    """chat: the tokenizer's chat template. none: the text as it is."""
+    thinking: bool | None = None
+    """Passed to chat templates that have a thinking switch; null leaves their default."""
+    system: str | None = None
+    """System message put in front of chat prompts that bring none of their own."""
+    suffix: str = ""
+    """Instruction put behind every prompt's text."""
+    verifier: str = "math"
+    """Scores training answers for `prune.after_drift: grpo`; values as eval.sets.verifier."""
+    tokenizer: FilePath | None = None
+    """Directory or sentencepiece .model file; null takes the student's."""
+    max_prompt_tokens: Positive = 1024
+    """Longer prompts are left out and counted."""
+    duplicates: Literal["keep", "drop"] = "keep"
+    """Prompts that repeat an earlier one's text are counted either way (DAPO-Math-17K holds each a hundred times)."""
+    shuffle: bool = True
+    """Shuffle by seed and epoch."""
+    size: int = Field(default=10000, gt=0, le=10_000_000)
+    """Prompts to draw from reasoning_gym:NAME."""
+    seed: int = Field(default=0, ge=0)
+    """Seed of reasoning_gym:NAME. Different seeds never draw the same item of its stream."""
+
+    @model_validator(mode="after")
+    def _check(self) -> DataConfig:
+        if self.template == "none" and (self.system is not None or self.thinking is not None):
+            raise ValueError("system and thinking are for template: chat; remove them or set template: chat")
+        return self
+
+
+class EvalSetConfig(Section):
+    renamed: ClassVar[dict[str, str]] = {"answers_per_prompt": "responses_per_prompt"}
+
+    name: str = Field(pattern=r"^[\w.@-]+$")
+    """Name in the metrics and of the answers' file: letters, digits and . @ _ -"""
+    prompts: FilePath
+    """As data.prompts."""
+    verifier: str = Field(default="math", pattern=r"^(math|reasoning_gym|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    """math: math-verify on the boxed answer. reasoning_gym: the data set's own scorer. exact: equal text.
+    MODULE:FUNCTION: your own, called with (response, answer, metadata), returns a score from 0 to 1."""
+    responses_per_prompt: Positive = 1
+    """k of avg@k, pass@k and maj@k."""
+    max_tokens: Positive = 31744
+    """Cap on generated tokens, independent of the training budget."""
+    temperature: float = Field(default=0.6, ge=0)
+    """Sampling temperature; 0 is greedy."""
+    top_p: float = Field(default=0.95, gt=0, le=1)
+    """Nucleus sampling."""
+    limit: Positive | None = None
+    """Use only the first prompts; of reasoning_gym:NAME draw so many (null: 500)."""
+    seed: int = Field(default=1, ge=0)
+    """Seed of reasoning_gym:NAME; keep it different from data.seed."""
+    prompt_key: str | None = None
+    """As data.prompt_key; null takes that."""
+    answer_key: str | None = None
+    """As data.answer_key; null takes that."""
+    suffix: str | None = None
+    """As data.suffix; null takes that."""
+    thinking: bool | None = None
+    """As data.thinking; null takes that."""
+
+
+class EvalConfig(Section):
+    renamed: ClassVar[dict[str, str]] = {"save_answers": "save_responses", "chunk_answers": "chunk_responses"}
+
+    every: int = Field(default=20, ge=0)
+    """Evaluate after every so many steps; 0 for never."""
+    at_start: bool = False
+    """Evaluate before the first step."""
+    at_end: bool = True
+    """Evaluate after the last step."""
+    sets: list[EvalSetConfig] = Field(default_factory=list)
+    """Data sets."""
+    verifier_timeout_s: float = Field(default=10.0, gt=0)
+    """A verifier that takes longer on one answer counts it wrong."""
+    verifier_workers: Positive = 2
+    """Processes that verify answers, on the first rank's machine."""
+    save_responses: bool = True
+    """Write every answer to RUN/eval/ as JSONL; an interrupted evaluation goes on from them."""
+    chunk_responses: Positive = 1024
+    """Answers generated between two writes of that file; an interruption loses at most so many."""
+    seed: int = 0
+    """Seed of evaluation's sampling."""

@@ -1,0 +1,106 @@
+"""The whole configuration, and what its sections demand of each other."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from megatron_opd.config.base import FilePath, Section
+from megatron_opd.config.data import DataConfig, EvalConfig
+from megatron_opd.config.models import ModelConfig, TeacherConfig
+from megatron_opd.config.prune import PruneConfig
+from megatron_opd.config.rollout import RolloutConfig
+from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrainConfig
+
+
+class Config(Section):
+    run_dir: FilePath = "runs/default"
+    """Where metrics, logs, checkpoints and evaluations are written."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is a GPU. The CPU build runs on gloo."""
+    student: ModelConfig
+    """The model that learns."""
+    teacher: TeacherConfig
+    """The model that judges."""
+    rollout: RolloutConfig = Field(default_factory=RolloutConfig)
+    """Generation."""
+    prune: PruneConfig = Field(default_factory=PruneConfig)
+    """Drift, weights, cutting and the budget."""
+    loss: LossConfig = Field(default_factory=LossConfig)
+    """The distillation loss."""
+    score: ScoreConfig = Field(default_factory=ScoreConfig)
+    """The teacher's pass."""
+    train: TrainConfig = Field(default_factory=TrainConfig)
+    """Optimization."""
+    data: DataConfig
+    """Training prompts."""
+    eval: EvalConfig = Field(default_factory=EvalConfig)
+    """Evaluation."""
+    checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
+    """Checkpoints."""
+
+    @property
+    def loss_k(self) -> int:
+        """Candidates per position of the top-k loss."""
+        return self.loss.k or self.prune.k
+
+    @property
+    def candidates(self) -> int:
+        """The student's most likely tokens that are kept at each position."""
+        return max(self.prune.k, self.loss_k)
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        problems = []
+        if self.student.fp8_params and not self.train.distributed_optimizer:
+            problems.append("student.fp8_params: true needs train.distributed_optimizer: true, which gathers them")
+        if self.student.fp8_params and self.student.fp8_recipe == "mxfp8":
+            problems.append(
+                "student.fp8_params: true is not supported with fp8_recipe: mxfp8; set fp8_params: false or another "
+                "recipe"
+            )
+        if self.score.mode == "fused":
+            if self.student.parallel != self.teacher.parallel:
+                problems.append("score.mode: fused needs student.parallel and teacher.parallel to be equal")
+            if self.student.precision != self.teacher.precision:
+                problems.append("score.mode: fused needs student.precision and teacher.precision to be equal")
+            if self.teacher.offload:
+                problems.append("score.mode: fused needs the teacher beside the student; set teacher.offload: false")
+            if self.prune.in_flight:
+                problems.append("score.mode: fused scores after generation; it excludes prune.in_flight: true")
+            if self.prune.cut != "none":
+                problems.append("score.mode: fused learns the drift point too late to cut; set prune.cut: none")
+        full_vocabulary = ("full_reverse_kl", "forward_kl", "generalized_jsd")
+        if self.loss.kind in full_vocabulary and self.score.mode != "fused":
+            problems.append(
+                f"loss.kind: {self.loss.kind} reads the teacher's whole distribution; set score.mode: fused"
+            )
+        if self.loss.fused_head and self.loss.kind in full_vocabulary:
+            problems.append(
+                f"loss.fused_head: true works with loss.kind: topk_reverse_kl or sampled_reverse_kl; {self.loss.kind} "
+                "reads whole logits: set loss.fused_head: false"
+            )
+        if self.loss.fused_head and self.score.mode == "fused":
+            problems.append(
+                "loss.fused_head: true works with score.mode: separate; fused scoring compares whole logits of both "
+                "models: set loss.fused_head: false"
+            )
+        if self.student.parallel.expert > 1 and self.rollout.engine == "megatron":
+            problems.append(
+                f"student.parallel.expert: {self.student.parallel.expert} spans replicas that generate for different "
+                "numbers of tokens; set rollout.engine: vllm"
+            )
+        if self.teacher.parallel.expert > 1 and (self.prune.in_flight or self.prune.cut != "none"):
+            problems.append(
+                f"teacher.parallel.expert: {self.teacher.parallel.expert} spans replicas that score answers of "
+                "different numbers of segments; set prune.in_flight: false and prune.cut: none, or expert: 1"
+            )
+        names = [s.name for s in self.eval.sets]
+        if len(set(names)) != len(names):
+            problems.append(f"eval.sets: names must differ, got {names}")
+        if problems:
+            raise ValueError("; ".join(problems))
+        if self.student.precision == "bf16" and "sync_tolerance" not in self.rollout.model_fields_set:
+            self.rollout.sync_tolerance = 1.0
+        return self

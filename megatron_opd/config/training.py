@@ -1,0 +1,100 @@
+"""The loss, the teacher's pass, optimization and checkpoints."""
+
+from __future__ import annotations
+
+from typing import ClassVar, Literal
+
+from pydantic import Field, model_validator
+
+from megatron_opd.config.base import Fraction, Positive, Section
+
+
+class LossConfig(Section):
+    kind: Literal["topk_reverse_kl", "sampled_reverse_kl", "full_reverse_kl", "forward_kl", "generalized_jsd"] = (
+        "topk_reverse_kl"
+    )
+    """The distillation loss. topk_reverse_kl is the published one."""
+    k: Positive | None = None
+    """Candidates per position of topk_reverse_kl; null takes prune.k, as the method does."""
+    jsd_beta: float = Field(default=0.5, gt=0.0, lt=1.0)
+    """Interpolation of generalized_jsd: towards 0 the forward, towards 1 the reverse KL."""
+    chunk_tokens: Positive = 1024
+    """Tokens whose logits are held in fp32 at once; with `fused_head`, whose logits exist at all."""
+    kernels: Literal["auto", "torch", "triton"] = "auto"
+    """What works on logits. auto: Triton on a GPU, torch on the CPU. torch: torch everywhere. triton: Triton
+    everywhere; on the CPU that is its interpreter, TRITON_INTERPRET=1, for tests."""
+    fused_head: bool = False
+    """Student's output layer and loss in one, in chunks of `chunk_tokens`, so that a row's logits are never whole: the
+    memory of long rows. For topk_reverse_kl and sampled_reverse_kl with score.mode: separate."""
+
+
+class ScoreConfig(Section):
+    mode: Literal["separate", "fused"] = "separate"
+    """separate: the teacher's own forward pass in its own layout. fused: the teacher's stage runs beside the student's
+    in one schedule; needs equal layouts."""
+
+
+class TrainConfig(Section):
+    renamed: ClassVar[dict[str, str]] = {"answers_per_prompt": "responses_per_prompt"}
+
+    steps: Positive = 203
+    """Optimizer steps."""
+    prompts_per_step: Positive = 64
+    """Prompts of one step, over all ranks."""
+    responses_per_prompt: Positive = 4
+    """Responses sampled for each prompt."""
+    lr: float = Field(default=1.0e-6, ge=0)
+    """Peak learning rate."""
+    min_lr: float = Field(default=0.0, ge=0)
+    """Learning rate at the end of the decay."""
+    lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Decay from lr to min_lr over `steps`."""
+    warmup_steps: int = Field(default=0, ge=0)
+    """Steps of linear warm-up from 0."""
+    weight_decay: float = Field(default=0.0, ge=0)
+    """AdamW weight decay (not on norms and biases)."""
+    adam_beta1: Fraction = 0.9
+    """Adam's first decay rate."""
+    adam_beta2: Fraction = 0.95
+    """Adam's second decay rate."""
+    adam_eps: float = Field(default=1e-8, gt=0)
+    """Adam's epsilon."""
+    clip_grad: float = Field(default=1.0, ge=0)
+    """Largest gradient norm; 0 for no clipping."""
+    distributed_optimizer: bool = False
+    """Shard optimizer state over data-parallel ranks."""
+    tokens_per_microbatch: Positive = 16384
+    """Sequences are packed into micro-batches of at most this many tokens (a longer sequence gets its own), counted
+    over all context-parallel ranks, of which each holds 1/context."""
+    seed: int = 1234
+    """Seeds sampling, shuffling and initialisation."""
+    max_bad_steps: Positive = 3
+    """Steps in a row with NaN or infinite loss or gradients after which the run stops; each such step is skipped."""
+    spike_factor: float | None = Field(default=None, gt=1)
+    """Skip a step whose gradient norm exceeds this multiple of the running median; null for never."""
+    watchdog_s: float = Field(default=1800.0, gt=0)
+    """A step that takes longer writes every rank's stack to its log and ends the job. Outside steps, in an evaluation
+    say, it is how long a rank waits for another one in a collective."""
+
+    @model_validator(mode="after")
+    def _check(self) -> TrainConfig:
+        if self.min_lr > self.lr:
+            raise ValueError(f"min_lr: {self.min_lr} is above lr: {self.lr}")
+        if self.warmup_steps >= self.steps and self.warmup_steps:
+            raise ValueError(f"warmup_steps: {self.warmup_steps} must be below steps: {self.steps}")
+        return self
+
+
+class CheckpointConfig(Section):
+    every: int = Field(default=20, ge=0)
+    """Save after every so many steps; 0 saves at the end alone."""
+    resume: Literal["auto", "never"] = "auto"
+    """auto: go on from the newest complete checkpoint of run_dir. never: refuse a run_dir that has one."""
+    keep_last: Positive = 2
+    """Newest checkpoints kept."""
+    keep_every: int = Field(default=0, ge=0)
+    """Checkpoints at multiples of so many steps are kept for good; 0 for none."""
+    asynchronous: bool = False
+    """Write in the background while training goes on."""
+    max_failures: Positive = 3
+    """Failed saves in a row after which the run stops; it trains on until then."""

@@ -1,0 +1,207 @@
+"""Generation by the training ranks themselves: Megatron-Core's layers with a key/value cache.
+
+Each replica of the student (context-parallel ranks are replicas here: no sequence is split) takes every replicas-th
+request and keeps up to `max_batch` answers running; a finished answer's place goes to the next waiting request. Works
+in the student's own tensor and pipeline layout, with the trainer's own parameters, so nothing is handed over.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opd.models.build import Model
+from megatron_opd.models.cached import CachedForward
+from megatron_opd.parallel.exchange import Fields, share_fields
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
+from megatron_opd.rollout.megatron.sampler import Sampled, sample
+from megatron_opd.rollout.reference import own_logprobs
+from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, Rollout
+
+_RUNNING, _EOS, _LENGTH = 0, 1, 2
+_REASONS = {_EOS: END_EOS, _LENGTH: END_LENGTH}
+
+
+class MegatronEngine(RolloutEngine):
+    """See the module's docstring. `eos_ids` end an answer and belong to it."""
+
+    def __init__(self, model: Model, eos_ids: set[int], max_batch: int) -> None:
+        self.model = model
+        self.eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
+        self.max_batch = max_batch
+
+    def update_parameters(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
+        self.policy_version = version
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, watch: Watch | None = None, segment: int = 128
+    ) -> list[Rollout]:
+        layout = self.model.layout
+        mine = list(range(len(requests)))[layout.replica :: layout.replicas]
+        batch = _Batch(self, [requests[i] for i in mine], sampling)
+        numbers = {requests[i].index: i for i in mine}
+        parts: list[list[Fields]] = [[] for _ in requests]
+        stopped: set[int] = set()
+        with batch.forward.session():
+            while True:
+                batch.run(steps=segment if watch else None)
+                shared = share_fields(
+                    [(mine[local], fields) for local, fields in batch.collect()], layout.owns_results, self.model.device
+                )
+                if not shared:
+                    break
+                for i, fields in shared.items():
+                    parts[i].append(fields)
+                if watch is None:
+                    break
+                stop = watch([_segment(requests[i], parts[i]) for i in sorted(shared)])
+                stopped |= {i for i in range(len(requests)) if requests[i].index in stop and not _ended(parts[i])}
+                batch.stop({mine.index(numbers[index]) for index in stop if index in numbers})
+        return [self._rollout(request, parts[i], i in stopped) for i, request in enumerate(requests)]
+
+    def probe(self, tokens: list[int]) -> Tensor:
+        """The engine samples from the trainer's own parameters: their log-probs of tokens[1:], [T-1] float32."""
+        return own_logprobs(self.model, tokens)
+
+    def _rollout(self, request: Request, parts: list[Fields], stopped: bool) -> Rollout:
+        joined = {name: torch.cat([p[name] for p in parts]) for name in ("tokens", "logprobs", "ids", "topk")}
+        return Rollout(
+            prompt=request.prompt,
+            index=request.index,
+            tokens=joined["tokens"],
+            logprobs=joined["logprobs"],
+            topk_ids=joined["ids"],
+            topk_logprobs=joined["topk"],
+            end_reason=END_DRIFT if stopped else _REASONS[int(parts[-1]["state"])],
+            policy_version=self.policy_version,
+        )
+
+
+def _ended(parts: list[Fields]) -> bool:
+    return bool(parts) and int(parts[-1]["state"]) != _RUNNING
+
+
+def _segment(request: Request, parts: list[Fields]) -> Segment:
+    new = parts[-1]
+    start = sum(p["tokens"].numel() for p in parts[:-1])
+    return Segment(request, start, new["tokens"], new["ids"], new["topk"], _ended(parts))
+
+
+class _Batch:
+    """One replica's running answers, at cache places 0..B-1. Every rank of the replica holds the same lengths and
+    tokens; what the last stage sampled is known there alone until `collect` hands it out."""
+
+    def __init__(self, engine: MegatronEngine, requests: list[Request], sampling: Sampling) -> None:
+        self.model, self.eos = engine.model, engine.eos
+        self.requests, self.sampling = requests, sampling
+        self.forward = CachedForward(engine.model, max(1, min(engine.max_batch, len(requests))))
+        self.waiting = list(range(len(requests)))[::-1]
+        device = engine.model.device
+        self.indices = torch.tensor([r.index for r in requests], dtype=torch.int64, device=device)
+        self.prompts = torch.tensor([len(r.prompt.tokens) for r in requests], dtype=torch.int64, device=device)
+        self.who = torch.empty(0, dtype=torch.int64, device=device)  # [B] local request of each place
+        self.last = torch.empty(0, dtype=torch.int64, device=device)  # [B] newest token, not yet cached
+        self.made = torch.empty(0, dtype=torch.int64, device=device)  # [B] response tokens so far
+        self.state = torch.zeros(len(requests), dtype=torch.int64, device=device)
+        self.records: list[tuple[Tensor, Sampled]] = []  # since the last `collect`
+
+    def run(self, steps: int | None) -> None:
+        """Generates up to `steps` tokens for every running answer (None: until all have ended)."""
+        while steps is None or steps > 0:
+            if not self.who.numel() and not self.waiting:
+                return
+            if self.who.numel():
+                self._decode()
+                if steps is not None:
+                    steps -= 1
+            self._admit()
+
+    def stop(self, local: set[int]) -> None:
+        """Drops running answers."""
+        if local:
+            self._drop(torch.isin(self.who, torch.tensor(sorted(local), device=self.who.device)))
+
+    def collect(self) -> list[tuple[int, Fields]]:
+        """New tokens of every answer that has any, since the last call; empty where results are not owned."""
+        records, self.records = self.records, []
+        if not records or not self.model.layout.owns_results:
+            return []
+        who = torch.cat([w for w, _ in records])
+        order = who.argsort(stable=True)  # records come in time order
+        locals_, counts = who[order].unique_consecutive(return_counts=True)
+        columns = {
+            "tokens": torch.cat([s.tokens for _, s in records])[order],
+            "logprobs": torch.cat([s.logprobs for _, s in records])[order],
+            "ids": torch.cat([s.topk_ids for _, s in records])[order],
+            "topk": torch.cat([s.topk_logprobs for _, s in records])[order],
+        }
+        split = {name: column.split(counts.tolist()) for name, column in columns.items()}
+        return [
+            (local, {name: parts[i] for name, parts in split.items()} | {"state": self.state[local : local + 1]})
+            for i, local in enumerate(locals_.tolist())
+        ]
+
+    def _decode(self) -> None:
+        cached = self.prompts[self.who] + self.made
+        self._take(self.forward.decode(self.last, cached), self.who, self.made)
+
+    def _admit(self) -> None:
+        """Prefills waiting prompts into free places."""
+        free = self.forward.cache.places - self.who.numel()
+        new = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        if not new:
+            return
+        prompts = [self.requests[n].prompt.tokens for n in new]
+        lengths = [len(p) for p in prompts]
+        device = self.model.device
+        ends = torch.tensor(lengths, device=device).cumsum(0) - 1
+        tokens = torch.tensor([t for p in prompts for t in p], device=device)
+        places = list(range(self.who.numel(), self.who.numel() + len(new)))
+        logits = self.forward.prefill(tokens, lengths, [0] * len(new), places, ends)
+        who = torch.tensor(new, device=device)
+        zeros = torch.zeros_like(who)
+        self.who = torch.cat([self.who, who])
+        self.last = torch.cat([self.last, zeros])
+        self.made = torch.cat([self.made, zeros])
+        self._take(logits, who, zeros, first=places[0])
+
+    def _take(self, logits: Tensor | None, who: Tensor, position: Tensor, first: int = 0) -> None:
+        """Samples the next token of the answers at places from `first` on and drops those that end."""
+        tokens = torch.empty_like(who)
+        groups = self.model.layout.groups
+        if logits is not None:
+            sampled = sample(logits, self.sampling, self.indices[who], position, self.model.vocab_size, groups.tp)
+            tokens = sampled.tokens.contiguous()  # gloo sends memory in order, whatever the strides
+            self.records.append((who, sampled))
+        if groups.pp.size() > 1:
+            dist.broadcast(tokens, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
+        self.last[first:] = tokens
+        self.made[first:] += 1
+        ended = torch.isin(tokens, self.eos)
+        full = self.made[first:] >= self.sampling.max_tokens
+        self.state[who] = torch.where(ended, _EOS, torch.where(full, _LENGTH, _RUNNING))
+        gone = torch.zeros_like(self.who, dtype=torch.bool)
+        gone[first:] = ended | full
+        self._drop(gone)
+
+    def _drop(self, gone: Tensor) -> None:
+        """Frees places; the last ones move into the holes, so that running answers stay in front."""
+        if not bool(gone.any()):
+            return
+        order = list(range(gone.numel()))
+        lengths = (self.prompts[self.who] + self.made).tolist()
+        holes = gone.nonzero()[:, 0].tolist()
+        gone_set = set(holes)
+        for hole in holes:
+            while order and order[-1] in gone_set and len(order) - 1 >= hole:
+                order.pop()
+            if hole >= len(order):
+                break
+            mover = order.pop()
+            self.forward.cache.move(mover, hole, lengths[mover])
+            order[hole] = mover
+        keep = torch.tensor(order, dtype=torch.int64, device=self.who.device)
+        self.who, self.last, self.made = self.who[keep], self.last[keep], self.made[keep]

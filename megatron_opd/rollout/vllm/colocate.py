@@ -1,0 +1,322 @@
+"""vLLM inside the training ranks.
+
+Every `rollout.tensor` consecutive ranks share one engine (vLLM's external launcher: each of them runs the scheduler on
+the same requests and holds its part of the model); the engines split the requests. vLLM builds its process groups next
+to Megatron's on the default group that the trainer has initialised; neither touches the other's.
+
+The engine starts with random parameters, since `update_parameters` replaces all of them before anything is generated.
+Memory: on GPUs `rollout.gpu_memory_utilization` of the device, given back while asleep; on the CPU a key/value cache of
+`rollout.cpu_cache_mb`, and sleeping changes nothing, since there is no memory to hand over.
+"""
+
+from __future__ import annotations
+
+import gc
+import os
+import random
+import traceback
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import numpy
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opd.config import ConfigError, RolloutConfig
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
+from megatron_opd.rollout.vllm.common import (
+    CONTROL_TIMEOUT,
+    END_REASONS,
+    Answer,
+    RolloutError,
+    agreeing_probe,
+    check_requests,
+    due_segments,
+    request_seed,
+    sampling_arguments,
+)
+from megatron_opd.types import Rollout
+
+_T = TypeVar("_T")
+
+
+class VllmColocateEngine(RolloutEngine):
+    """See the module's docstring. Construction is collective and takes 10 to 60 s.
+
+    `model_dir` needs the model's config alone. `eos_ids` end an answer and belong to it. `max_model_len` is the longest
+    prompt plus response, unless `config.max_model_len` gives one. Raises ConfigError where `config.tensor` does not
+    divide the number of ranks.
+    """
+
+    def __init__(
+        self,
+        config: RolloutConfig,
+        model_dir: str | Path,
+        eos_ids: Iterable[int],
+        max_model_len: int,
+        precision: Literal["fp32", "bf16"] = "bf16",
+    ) -> None:
+        self.config = config
+        self.eos_ids = sorted(eos_ids)
+        self.max_model_len = config.max_model_len or max_model_len
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        if self.world_size % config.tensor:
+            raise ConfigError(
+                f"rollout.tensor: {config.tensor} must divide the number of training ranks, {self.world_size}"
+            )
+        self.engines = self.world_size // config.tensor
+        self.group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
+        self._asleep = False
+        with _process_state_kept():
+            self._llm = self._start(str(model_dir), precision)
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, watch: Watch | None = None, segment: int = 128
+    ) -> list[Rollout]:
+        if self.policy_version < 0:
+            raise RolloutError("no parameters were handed over to vLLM; call update_parameters first")
+        check_requests(requests, sampling, self.max_model_len)
+        by_index = {request.index: request for request in requests}
+        answers = {str(r.index): Answer(r, sampling.top_logprobs) for r in self._share(requests)}
+        self._everywhere(lambda: self._submit(answers, sampling))
+        if watch is None:
+            self._everywhere(lambda: self._run(answers, None))
+        else:
+            self._watched(answers, by_index, watch, segment)
+        parts = self._gather([answer.rollout(self.policy_version) for answer in answers.values()])
+        rollouts = [rollout for part in parts for rollout in part]  # engines hold consecutive requests
+        for rollout in rollouts:
+            rollout.prompt = by_index[rollout.index].prompt
+        return rollouts
+
+    def update_parameters(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
+        """Takes the parameters in place, one layer in flight at a time. A tensor must stay as it is until the producer
+        has gone on to the next layer. Raises RolloutError on every rank where one rank fails."""
+        from megatron_opd.rollout.vllm.weight_transfer import load_parameters
+
+        def load() -> None:
+            stream = named_parameters()
+            try:  # chain, because vLLM's loaders close a generator that they are given when they fail
+                self._llm.collective_rpc(load_parameters, args=(chain(stream),))
+            finally:
+                for _ in stream:  # where loading failed: the other ranks wait for this one in its collectives
+                    pass
+
+        self.policy_version = -1
+        self._everywhere(load)
+        if not self._llm.reset_prefix_cache():
+            raise RolloutError("vLLM kept its prefix cache after a hand-over: requests were still running")
+        self.policy_version = version
+
+    def probe(self, tokens: list[int]) -> Tensor:
+        from vllm import SamplingParams
+
+        params = SamplingParams(max_tokens=1, temperature=0.0, prompt_logprobs=0, detokenize=False)
+
+        def run() -> list[float]:
+            self._add("probe", tokens, params)
+            while self._llm.has_unfinished_requests():
+                for output in self._llm.step():
+                    table = output.prompt_logprobs
+            return [row[token].logprob for row, token in zip(table[1:], tokens[1:], strict=True)]
+
+        rows = self._gather(self._everywhere(run))
+        names = [f"engine of rank {i * self.config.tensor}" for i in range(self.engines)]
+        return agreeing_probe(rows, names, self.config.sync_tolerance)
+
+    def sleep(self) -> None:
+        if torch.cuda.is_available() and not self._asleep:
+            self._asleep = True
+            self._llm.sleep(level=1)  # level 2 would drop the parameters: wrong where no hand-over follows the wake
+
+    def wake(self) -> None:
+        if self._asleep:
+            self._llm.wake_up()
+            self._asleep = False
+
+    def close(self) -> None:
+        """Frees the engine and vLLM's process groups; the trainer's stay."""
+        from vllm.distributed import parallel_state
+
+        if self._llm is None:
+            return
+        core = self._llm.engine_core.engine_core
+        core.model_executor.shutdown()
+        core.scheduler.shutdown()
+        self._llm = None
+        gc.unfreeze()
+        gc.collect()
+        parallel_state.destroy_model_parallel()
+        parallel_state.get_world_group().destroy()
+        parallel_state._WORLD = None
+
+    def _start(self, model_dir: str, precision: str) -> Any:
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop runs in this process
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "ERROR")
+        from vllm.engine.arg_utils import EngineArgs
+        from vllm.v1.engine.llm_engine import LLMEngine
+
+        config, gpu = self.config, torch.cuda.is_available()
+        arguments: dict[str, Any] = dict(
+            model=model_dir,
+            load_format="dummy",
+            skip_tokenizer_init=True,
+            generation_config="vllm",
+            dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
+            tensor_parallel_size=config.tensor,
+            distributed_executor_backend="external_launcher",
+            max_model_len=self.max_model_len,
+            max_num_seqs=config.max_batch,
+            logprobs_mode="raw_logprobs",
+            max_logprobs=-1,
+            enforce_eager=config.enforce_eager or not gpu,
+            disable_log_stats=True,
+        )
+        if gpu:
+            arguments |= dict(gpu_memory_utilization=config.gpu_memory_utilization, enable_sleep_mode=True)
+        else:
+            # vLLM 0.32 winds a seeded generator back where it splits a prompt, which a CPU's generator cannot
+            arguments |= dict(kv_cache_memory_bytes=config.cpu_cache_mb << 20, enable_chunked_prefill=False)
+        with self._own_shared_memory():
+            llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        llm.engine_core._finalizer.detach()  # type: ignore[attr-defined]  # would end the trainer's process groups too; see close()
+        return llm
+
+    @contextmanager
+    def _own_shared_memory(self) -> Iterator[None]:
+        """vLLM's CPU all-reduce names its shared memory after the address that the launcher gave: "env://" for every
+        job on the machine. Two jobs would add up each other's tensors, so the name gets a part of its own."""
+        if torch.cuda.is_available():
+            yield
+            return
+        from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
+
+        token = [uuid.uuid4().hex]
+        dist.broadcast_object_list(token, group=self.group)
+        original = ExecutorWithExternalLauncher._distributed_args
+
+        def distributed_args(executor: Any) -> tuple[str, int, int]:
+            method, rank, local_rank = original(executor)
+            return f"{method}:{token[0]}", rank, local_rank
+
+        ExecutorWithExternalLauncher._distributed_args = distributed_args
+        try:
+            yield
+        finally:
+            ExecutorWithExternalLauncher._distributed_args = original
+
+    def _share(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """This engine's part: consecutive requests, so that a prompt's answers share its prefix in the cache."""
+        engine, count = self.rank // self.config.tensor, len(requests)
+        return requests[count * engine // self.engines : count * (engine + 1) // self.engines]
+
+    def _add(self, name: str, tokens: list[int], params: Any) -> None:
+        (prompt,) = self._llm.renderer.render_cmpl([{"prompt_token_ids": tokens}])
+        self._llm.add_request(name, prompt, params)
+
+    def _submit(self, answers: dict[str, Answer], sampling: Sampling) -> None:
+        from vllm import SamplingParams
+        from vllm.sampling_params import RequestOutputKind
+
+        for name, answer in answers.items():
+            seed = request_seed(sampling.seed, answer.request.index)
+            params = SamplingParams(
+                **sampling_arguments(sampling, seed, self.eos_ids),
+                flat_logprobs=True,
+                output_kind=RequestOutputKind.DELTA,
+            )
+            self._add(name, answer.request.prompt.tokens, params)
+
+    def _step(self, answers: dict[str, Answer]) -> None:
+        for output in self._llm.step():
+            answer, part = answers[output.request_id], output.outputs[0]
+            table = part.logprobs
+            for i, token in enumerate(part.token_ids):
+                start, stop = table.start_indices[i], table.end_indices[i]  # the sampled token, then the candidates
+                ids, logprobs = table.token_ids[start + 1 : stop], table.logprobs[start + 1 : stop]
+                answer.append(token, table.logprobs[start], ids, logprobs)
+            if part.finish_reason is not None:
+                if part.finish_reason not in END_REASONS:
+                    raise RolloutError(f"vLLM ended answer {output.request_id} with {part.finish_reason!r}")
+                answer.end = END_REASONS[part.finish_reason]
+
+    def _run(self, answers: dict[str, Answer], segment: int | None) -> None:
+        """Steps the engine until all is generated; with `segment`, until the answers in generation have one more
+        segment each. Answers that started a few steps later (prompts are computed in turns) may catch up."""
+        steps = 0
+        while self._llm.has_unfinished_requests():
+            if segment is not None and steps >= segment:
+                grace = segment // 8 - (steps - segment)
+                started = [a for a in answers.values() if a.tokens and a.end is None]
+                if not any(0 < a.missing(segment) <= grace for a in started):
+                    return
+            self._step(answers)
+            steps += 1
+
+    def _watched(self, answers: dict[str, Answer], by_index: dict[int, Request], watch: Watch, segment: int) -> None:
+        while True:
+            self._everywhere(lambda: self._run(answers, segment))
+            ready = due_segments(answers.values(), segment)
+            parts = self._gather((ready, any(not answer.seen_end for answer in answers.values())))
+            segments: list[Segment] = [part for segments, _ in parts for part in segments]
+            for part in segments:
+                part.request = by_index[part.request.index]  # the caller's own object, not a copy
+            if segments:
+                stopped = sorted({str(index) for index in watch(segments)} & answers.keys())  # equal order on all ranks
+                self._llm.abort_request([name for name in stopped if answers[name].end is None])
+                for name in stopped:
+                    answers[name].stop()
+            if not any(unseen for _, unseen in parts):
+                return
+
+    def _everywhere(self, work: Callable[[], _T]) -> _T:
+        """Runs `work` on this rank; where a rank fails, all raise, so that none waits in a collective for it."""
+        result, error = None, None
+        try:
+            result = work()
+        except Exception:
+            error = traceback.format_exc()
+        errors: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(errors, error, group=self.group)
+        for rank, failed in enumerate(errors):
+            if failed:
+                raise RolloutError(f"vLLM on rank {rank} failed:\n{failed}")
+        return result  # type: ignore[return-value]
+
+    def _gather(self, value: _T) -> list[_T]:
+        """One value per engine, from its first rank; the other ranks of an engine hold the same."""
+        values: list[Any] = [None] * self.world_size
+        first = self.rank % self.config.tensor == 0
+        dist.all_gather_object(values, value if first else None, group=self.group)
+        return values[:: self.config.tensor]
+
+
+@contextmanager
+def _process_state_kept() -> Iterator[None]:
+    """Starting vLLM seeds the global generators and, on the CPU, changes LOCAL_WORLD_SIZE, LD_PRELOAD and
+    torch.set_num_threads; the trainer's go on as they were."""
+    names = ("LOCAL_WORLD_SIZE", "LD_PRELOAD", "NUMEXPR_MAX_THREADS")
+    environment = {name: os.environ.get(name) for name in names}
+    set_num_threads, threads = torch.set_num_threads, torch.get_num_threads()
+    states = random.getstate(), numpy.random.get_state(), torch.get_rng_state()
+    cuda_state = torch.cuda.get_rng_state() if torch.cuda.is_available() else None
+    try:
+        yield
+    finally:
+        torch.set_num_threads = set_num_threads
+        torch.set_num_threads(threads)
+        random.setstate(states[0])
+        numpy.random.set_state(states[1])
+        torch.set_rng_state(states[2])
+        if cuda_state is not None:
+            torch.cuda.set_rng_state(cuda_state)
+        for name, value in environment.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value

@@ -1,0 +1,361 @@
+"""vLLM on servers of their own, started by `python -m megatron_opd.rollout.vllm.serve`, by hand or by a Slurm script.
+
+Rank 0 alone talks to them; what it receives is broadcast. Each answer is one streamed request to the replica with the
+least load. Where a replica dies, its answers start again on another one, with the same seed: the same tokens, up to
+rounding that differs between machines. What the watcher has already seen stays as it is; should another machine
+disagree with that, the answer goes on behind it with a seed of its own.
+
+Hand-over: `transfer: file` writes safetensors files of at most `rollout.bucket_mb` into a directory that every server
+reads, and keeps those of the newest parameters until the next hand-over, so that a replica that was down gets them
+before it generates again. `nccl` and `ipc` (GPUs) keep no copy: such a replica stays out until the next hand-over.
+Versions carry a name of this run: what an earlier run left on a server never passes for ours.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from contextlib import closing
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opd.config import ConfigError, RolloutConfig
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Watch
+from megatron_opd.rollout.vllm.client import Pool, Replica, ReplicaError, backoff_s
+from megatron_opd.rollout.vllm.common import (
+    CONTROL_TIMEOUT,
+    END_REASONS,
+    Answer,
+    RolloutError,
+    agreeing_probe,
+    check_requests,
+    due_segments,
+    request_seed,
+    sampling_arguments,
+)
+from megatron_opd.rollout.vllm.files import TransferFiles
+from megatron_opd.types import Rollout
+
+logger = logging.getLogger(__name__)
+POLL_S = 0.02  # how long newly finished segments may wait for others, to be scored together
+
+
+class VllmServerEngine(RolloutEngine):
+    """See the module's docstring. Construction is collective and waits up to `server_timeout_s` for all servers.
+
+    `eos_ids` end an answer and belong to it. `max_model_len` is the longest prompt plus response, unless
+    `config.max_model_len` gives one; servers must be started with at least that.
+    """
+
+    def __init__(self, config: RolloutConfig, eos_ids: Iterable[int], max_model_len: int) -> None:
+        self.config = config
+        self.eos_ids = sorted(eos_ids)
+        self.max_model_len = config.max_model_len or max_model_len
+        self.distributed = dist.is_initialized()
+        self.first = not self.distributed or dist.get_rank() == 0
+        self.group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if self.distributed else None
+        self.transfer = config.transfer
+        if self.transfer == "auto":
+            self.transfer = "nccl" if torch.cuda.is_available() else "file"
+        if self.transfer != "file" and not torch.cuda.is_available():
+            raise ConfigError(f"rollout.transfer: {self.transfer} needs GPUs; without one use transfer: file")
+        key = os.environ.get(config.api_key_env)
+        self.pool = Pool([Replica(url, key, config.server_timeout_s) for url in config.servers], config.max_batch)
+        self._run_name = uuid.uuid4().hex[:12]
+        self._files: TransferFiles | None = None
+        self._native: Any = None
+        self._on_first(self._wait_for_servers)
+
+    def generate(
+        self, requests: list[Request], sampling: Sampling, watch: Watch | None = None, segment: int = 128
+    ) -> list[Rollout]:
+        if self.policy_version < 0:
+            raise RolloutError("no parameters were handed over to the servers; call update_parameters first")
+        check_requests(requests, sampling, self.max_model_len)
+        by_index = {request.index: request for request in requests}
+        run: _Run | None = None
+        if self.first:
+            run = _Run(self, [Answer(request, sampling.top_logprobs) for request in requests], sampling)
+        try:
+            if watch is None:
+                self._on_first(lambda: run.finish() if run else None)
+            else:
+                while segments := self._on_first(lambda: run.next_segments(segment) if run else None):
+                    for part in segments:
+                        part.request = by_index[part.request.index]  # the caller's own object, not a copy
+                    stopped = watch(segments)
+                    if run:
+                        run.stop(stopped)
+            rollouts = self._on_first(lambda: run.rollouts(self.policy_version) if run else None)
+        finally:
+            if run:
+                run.close()
+        for rollout in rollouts:
+            rollout.prompt = by_index[rollout.index].prompt
+        return rollouts
+
+    def update_parameters(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
+        """Hands the parameters to every server. Raises RolloutError on every rank where no server took them."""
+        self.policy_version = -1
+        if self.transfer == "file":
+            stream = named_parameters()
+            if not self.first:
+                for _ in stream:  # it is collective
+                    pass
+            self._on_first(lambda: self._write(stream))
+            self._on_first(lambda: self._hand_over(version))
+        else:
+            self._send_native(named_parameters, version)
+        self.policy_version = version
+
+    def probe(self, tokens: list[int]) -> Tensor:
+        body = {
+            "token_ids": tokens,
+            "sampling_params": {"max_tokens": 1, "temperature": 0.0, "prompt_logprobs": 0, "detokenize": False},
+        }
+
+        def ask() -> Tensor:
+            rows, names = [], []
+            for replica in self.pool.live:
+                try:
+                    table = replica.call("POST", "/inference/v1/generate", body)["prompt_logprobs"]
+                except ReplicaError as error:
+                    self.pool.mark_down(replica, error)
+                    continue
+                rows.append([row[str(token)]["logprob"] for row, token in zip(table[1:], tokens[1:], strict=True)])
+                names.append(replica.url)
+            if not rows:
+                raise RolloutError(f"no vLLM server is left: {self.pool.describe()}")
+            return agreeing_probe(rows, names, self.config.sync_tolerance)
+
+        return self._on_first(ask)
+
+    def close(self) -> None:
+        """Removes the transfer files. The servers go on; who started them ends them."""
+        if self._files is not None:
+            self._files.close()
+            self._files = None
+        if self._native is not None:
+            self._native.close()
+            self._native = None
+
+    def tag(self, version: int) -> str:
+        """The weight version as the servers know it."""
+        return f"{self._run_name}:{version}"
+
+    def restore(self, replica: Replica, version: int) -> None:
+        """Makes a replica fit to generate with `version`; raises ReplicaError where it cannot be."""
+        if replica.check() == self.tag(version):
+            return
+        if self._files is None:
+            raise ReplicaError(f"missed the hand-over of version {version}; transfer: {self.transfer} keeps no copy")
+        replica.load_files(self._files.paths, self.tag(version))
+        logger.info("%s took weight version %d", replica.url, version)
+
+    def _wait_for_servers(self) -> None:
+        deadline = time.monotonic() + self.config.server_timeout_s
+        attempt = 0
+        while True:
+            self.pool.restore_all(lambda replica: replica.call("GET", "/health"))
+            if len(self.pool.live) == len(self.pool.replicas):
+                return
+            attempt += 1
+            pause = min(backoff_s(attempt), 5.0)
+            if time.monotonic() + pause > deadline:
+                raise RolloutError(
+                    f"vLLM servers did not come up within rollout.server_timeout_s: {self.config.server_timeout_s}: "
+                    + self.pool.describe()
+                )
+            time.sleep(pause)
+
+    def _write(self, named: Iterator[tuple[str, Tensor]]) -> None:
+        try:
+            if self._files is None:
+                self._files = TransferFiles(self.config.transfer_dir or "/dev/shm", self.config.bucket_mb << 20)
+            self._files.write(named)
+        finally:
+            for _ in named:  # where writing failed: the other ranks wait for this one in the stream's collectives
+                pass
+
+    def _hand_over(self, version: int) -> None:
+        for attempt in range(self.config.server_retries + 1):
+            if attempt:
+                time.sleep(backoff_s(attempt))
+            self.pool.restore_all(lambda replica: self.restore(replica, version))
+            if self.pool.live:
+                return
+        raise RolloutError(f"no vLLM server took weight version {version}: {self.pool.describe()}")
+
+    def _send_native(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
+        from megatron_opd.rollout.vllm.native import NativeTransfer
+
+        if self._native is None:
+            self._native = NativeTransfer(self.transfer, self.config.bucket_mb << 20, self.pool.replicas)
+        live = self._on_first(lambda: self._prepare_native())
+        try:
+            self._native.send(named_parameters, live)
+        except BaseException:
+            self._native.close()
+            self._native = None
+            raise
+        self._on_first(lambda: self._finish_native(version))
+
+    def _prepare_native(self) -> list[str]:
+        self.pool.restore_all(Replica.begin_update)
+        if not self.pool.live:
+            raise RolloutError(f"no vLLM server is left: {self.pool.describe()}")
+        return [replica.url for replica in self.pool.live]
+
+    def _finish_native(self, version: int) -> None:
+        for replica in self.pool.live:
+            replica.end_update(self.tag(version))
+
+    def _on_first(self, work: Callable[[], Any]) -> Any:
+        """Runs `work` on rank 0 and returns its result on every rank; its errors are raised on every rank."""
+        if not self.distributed:
+            return work()
+        message: list[Any] = [None]
+        if self.first:
+            try:
+                message = [(True, work())]
+            except Exception as error:
+                message = [(False, error if isinstance(error, RolloutError) else RolloutError(f"rank 0: {error!r}"))]
+                cause = error
+        dist.broadcast_object_list(message, src=0, group=self.group)
+        succeeded, result = message[0]
+        if succeeded:
+            return result
+        raise result from (cause if self.first else None)
+
+
+class _Run:
+    """One call of `generate` on rank 0: threads fill the answers, the caller looks at them."""
+
+    def __init__(self, engine: VllmServerEngine, answers: list[Answer], sampling: Sampling):
+        self.engine, self.answers, self.sampling = engine, answers, sampling
+        self.version = engine.policy_version
+        self.lock = threading.Lock()
+        self.closed = threading.Event()
+        workers = max(1, min(len(answers), len(engine.pool.replicas) * engine.config.max_batch))
+        self.executor = ThreadPoolExecutor(workers, thread_name_prefix="rollout")
+        self.futures: list[Future[None]] = [self.executor.submit(self._generate, answer) for answer in answers]
+
+    def finish(self) -> None:
+        """Waits for all answers; raises the first error."""
+        wait(self.futures, return_when=FIRST_EXCEPTION)
+        self._raise_errors()
+
+    def next_segments(self, segment: int) -> list[Any]:
+        """Waits for new segments; an empty list once the watcher has seen all."""
+        while True:
+            with self.lock:
+                segments = due_segments(self.answers, segment)
+                if segments or all(answer.seen_end for answer in self.answers):
+                    return segments
+            self._raise_errors()
+            self.closed.wait(POLL_S)
+
+    def stop(self, indices: Iterable[int]) -> None:
+        """Ends the answers with these indices behind their last segment."""
+        stopped = set(indices)
+        with self.lock:
+            for answer in self.answers:
+                if answer.request.index in stopped:
+                    answer.stop()
+
+    def rollouts(self, version: int) -> list[Rollout]:
+        """The finished answers, in the order of the requests."""
+        return [answer.rollout(version) for answer in self.answers]
+
+    def close(self) -> None:
+        """Ends what is still running."""
+        self.closed.set()
+        self.executor.shutdown(wait=True, cancel_futures=True)
+
+    def _raise_errors(self) -> None:
+        for future in self.futures:
+            if future.done() and not future.cancelled() and (error := future.exception()):
+                self.closed.set()
+                raise error
+
+    def _generate(self, answer: Answer) -> None:
+        """Brings one answer to its end, on one replica after the other if need be."""
+        pool, retries = self.engine.pool, self.engine.config.server_retries
+        failures = 0
+        failed: Counter[Replica] = Counter()
+        while not self._done(answer):
+            replica = pool.acquire(lambda replica: self.engine.restore(replica, self.version), failed)
+            if replica is not None:
+                succeeded = False
+                try:
+                    self._stream(replica, answer)
+                    succeeded = True
+                    continue
+                except ReplicaError as error:
+                    logger.warning("%s: %s; answer %d goes elsewhere", replica.url, error, answer.request.index)
+                    pool.mark_down(replica, error)
+                    failed[replica] += 1
+                finally:
+                    pool.release(replica, succeeded)
+            failures += 1
+            if failures > retries:
+                left = "" if pool.live else "no vLLM server is left; "
+                raise RolloutError(
+                    f"answer {answer.request.index} failed {failures} times (rollout.server_retries: {retries}); "
+                    + left
+                    + pool.describe()
+                )
+            self.closed.wait(backoff_s(failures))
+
+    def _done(self, answer: Answer) -> bool:
+        return answer.end is not None or self.closed.is_set()
+
+    def _stream(self, replica: Replica, answer: Answer) -> None:
+        """Streams the answer from its beginning; tokens that a dead replica has left are compared."""
+        pinned = answer.pinned
+        arguments = sampling_arguments(
+            self.sampling, request_seed(self.sampling.seed, answer.request.index, pinned), self.engine.eos_ids
+        )
+        arguments["max_tokens"] -= pinned
+        body = {"token_ids": answer.request.prompt.tokens + answer.tokens[:pinned], "sampling_params": arguments}
+        position = pinned
+        with closing(replica.stream(body, self.engine.tag(self.version))) as choices:
+            for choice in choices:
+                reason = choice["finish_reason"]
+                if reason is not None and reason not in END_REASONS:
+                    raise ReplicaError(f"ended an answer with {reason!r}")
+                with self.lock:
+                    if self._done(answer):
+                        return
+                    for row in choice["logprobs"]["content"] if choice["token_ids"] else ():
+                        if not _place(answer, position, row):
+                            answer.pinned = answer.shown
+                            return
+                        position += 1
+                    if reason is not None:
+                        answer.truncate(position)
+                        answer.end = END_REASONS[reason]
+
+
+def _place(answer: Answer, position: int, row: dict[str, Any]) -> bool:
+    """Puts a token at its position; False where the watcher has seen another one there."""
+    token = row["token_id"]
+    if position < len(answer.tokens):
+        if answer.tokens[position] == token:
+            return True
+        if position < answer.shown:
+            answer.truncate(answer.shown)
+            return False
+        answer.truncate(position)
+    top: Sequence[dict[str, Any]] = row["top_logprobs"]
+    answer.append(token, row["logprob"], [c["token_id"] for c in top], [c["logprob"] for c in top])
+    return True

@@ -1,0 +1,342 @@
+"""The converted format: a model as a Megatron-Core distributed checkpoint that loads at any layout.
+
+    config.json, tokenizer files, ...   as in the Hugging Face directory it came from
+    megatron/                           the checkpoint (megatron.core.dist_checkpointing, backend torch_dist)
+    megatron_opd.json                   the manifest, written last: a directory without it is incomplete
+
+The checkpoint's entries are made from our own descriptions rather than by GPTModel.sharded_state_dict. That method asks
+the global parallel state for ranks where embeddings are tied, which would be the student's ranks for a teacher; its
+entries depend on the layer implementation and carry the padded vocabulary. Ours have one key per layer, Transformer
+Engine's names and no padding. Part of it is pickled (Megatron-Core's choice): load only directories that you made.
+
+Private names of Megatron-Core and torch are used in `_StreamingStrategy`, `_StreamingWriter` and `write_shards` alone.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.strategies.torch import (
+    MCoreSavePlanner,
+    TorchDistSaveShardedStrategy,
+    _replace_state_dict_keys_with_sharded_keys,
+    mcore_to_pyt_state_dict,
+)
+from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.process_groups_config import ProcessGroupCollection
+from torch import Tensor
+from torch.distributed import checkpoint
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import _StorageInfo
+from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future
+
+from megatron_opd.weights.bridge import ModelBridge
+from megatron_opd.weights.hf_files import ModelFileError, side_files
+from megatron_opd.weights.parameters import (
+    COLUMNS,
+    GATE_UP,
+    VOCAB,
+    WHOLE,
+    Parameter,
+    all_gather,
+    fill,
+    local_parameters,
+    tensor_group,
+    together,
+    values,
+    writable,
+)
+
+MANIFEST = "megatron_opd.json"
+CHECKPOINT = "megatron"
+_FORMAT = 1
+_BLOCK_BYTES = 32 << 20  # rows of the vocabulary are stored in blocks, which bounds what reading one holds in memory
+# Transformer Engine's names of the norms that it fuses; the checkpoint has these for every implementation.
+_FUSED = (
+    (".input_layernorm.weight", ".self_attention.linear_qkv.layer_norm_weight"),
+    (".pre_mlp_layernorm.weight", ".mlp.linear_fc1.layer_norm_weight"),
+)
+
+
+def is_converted(directory: str | Path) -> bool:
+    """Whether a directory was made by `tools/convert.py import`.
+
+    Raises ModelFileError for one whose making was interrupted.
+    """
+    if Path(directory, MANIFEST).exists():
+        return True
+    if Path(directory, CHECKPOINT, "metadata.json").exists():
+        raise ModelFileError(f"{directory}: {CHECKPOINT}/ without {MANIFEST}: an interrupted conversion; convert again")
+    return False
+
+
+def read_manifest(directory: str | Path) -> dict[str, Any]:
+    """What `save_converted` wrote. Raises ModelFileError: none there, unreadable, or of a newer format."""
+    path = Path(directory, MANIFEST)
+    if not path.exists():
+        is_converted(directory)
+        raise ModelFileError(f"{directory}: not a converted directory (no {MANIFEST}); make one with convert.py import")
+    try:
+        manifest = json.loads(path.read_text())
+        version = manifest["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{path}: unreadable ({error!r}); convert again") from error
+    if version != _FORMAT:
+        raise ModelFileError(f"{path}: format {version}, this version reads {_FORMAT}; convert again")
+    return manifest
+
+
+def save_converted(
+    chunks: list[torch.nn.Module],
+    bridge: ModelBridge,
+    groups: ProcessGroupCollection,
+    source: str | Path,
+    out: str | Path,
+    notes: dict[str, Any] | None = None,
+) -> None:
+    """Writes the chunks in the converted format, whole or not at all; `notes` go into the manifest.
+
+    `source` gives config.json, tokenizer and the like. Tensors are written one by one, so little memory is needed
+    beside the model. Collective over the world, which must share the file system. Raises ModelFileError if `out` is in
+    use or cannot be written.
+    """
+    with whole_directory(out) as folder:
+        entries = sharded_entries(local_parameters(chunks, bridge, groups), bridge, groups, loading=False)
+        with together():  # nobody writes before the folder is there
+            if is_rank_0():
+                (folder / CHECKPOINT).mkdir()
+        strategy = _StreamingStrategy("torch_dist", 1)
+        try:
+            dist_checkpointing.save(entries, str(folder / CHECKPOINT), sharded_strategy=strategy)
+        except CheckpointException as error:
+            raise ModelFileError(f"{out}: cannot be written: {root_cause(error)}") from error
+        if is_rank_0():
+            copy_side_files(source, folder, bridge.config.params_dtype)
+            manifest = manifest_of(bridge, groups) | (notes or {})
+            (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+
+
+def manifest_of(bridge: ModelBridge, groups: ProcessGroupCollection) -> dict[str, Any]:
+    """What every manifest says of its model."""
+    return {
+        "format": _FORMAT,
+        "model_type": bridge.hf_config.model_type,
+        "dtype": str(bridge.config.params_dtype).removeprefix("torch."),
+        "written_by": {"tensor": groups.tp.size(), "pipeline": groups.pp.size()},
+    }
+
+
+@torch.no_grad()
+def load_converted(
+    chunks: list[torch.nn.Module], directory: str | Path, bridge: ModelBridge, groups: ProcessGroupCollection
+) -> None:
+    """Fills the chunks, at any layout and in any dtype, from a converted directory. Collective over the world.
+
+    Raises ModelFileError on every rank: not converted, of another architecture, missing or broken files.
+    """
+    with together():
+        manifest, family = read_manifest(directory), bridge.hf_config.model_type
+        if manifest["model_type"] != family:
+            raise ModelFileError(f"{directory}: {MANIFEST} says {manifest['model_type']}, config.json {family}")
+    parameters = local_parameters(chunks, bridge, groups)
+    targets = [(p, writable(p, t)) for p, t in parameters]
+    checkpoint_dir = Path(directory, CHECKPOINT)
+    with together():
+        entries = sharded_entries(targets, bridge, groups, loading=True)
+        try:
+            dist_checkpointing.load(entries, str(checkpoint_dir), strict=StrictHandling.RAISE_ALL)
+        except (Exception, CheckpointException) as error:  # many kinds, from Megatron-Core, torch and pickle
+            raise ModelFileError(f"{checkpoint_dir}: cannot be loaded: {root_cause(error)}") from error
+    for (parameter, tensor), (_, target) in zip(parameters, targets, strict=True):
+        if parameter.split == VOCAB:
+            first = groups.tp.rank() * tensor.shape[0]
+            target[max(0, bridge.vocab_size - first) :].zero_()
+        fill(tensor, target)
+
+
+def root_cause(error: BaseException) -> str:
+    """The first failure that torch's checkpoint code collected from the ranks, without its tracebacks."""
+    for failure in getattr(error, "failures", {}).values():
+        error = failure[0] if isinstance(failure, tuple) else failure
+        break
+    return describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
+
+
+def sharded_entries(
+    parameters: list[tuple[Parameter, Tensor]], bridge: ModelBridge, groups: ProcessGroupCollection, loading: bool
+) -> dict[str, ShardedTensor]:
+    """Local tensors, shared between ranks as their parameters say, as pieces of whole ones without padding."""
+    entries: dict[str, ShardedTensor] = {}
+    for parameter, tensor in parameters:
+        if parameter.is_copy and not loading:
+            continue
+        key = checkpoint_key(parameter, bridge)
+        group = tensor_group(parameter, groups)
+        replica = (groups.expt_dp if parameter.is_expert else groups.dp_cp).rank()
+        data = tensor if loading else values(tensor)
+        for i, (part, offsets, whole) in enumerate(shard_parts(parameter, data, group.rank(), group.size(), bridge)):
+            entries[f"{parameter.name}/{i}"] = ShardedTensor(
+                key=key,
+                data=part,
+                dtype=part.dtype,
+                local_shape=tuple(part.shape),
+                global_shape=whole,
+                global_offset=offsets,
+                axis_fragmentations=None,  # parts differ in size: the last rows of the vocabulary
+                replica_id=(0, group.rank() if parameter.split == WHOLE else 0, replica),
+            )
+    return entries
+
+
+def checkpoint_key(parameter: Parameter, bridge: ModelBridge) -> str:
+    """A parameter's key in the checkpoint, the same for every layer implementation."""
+    key = "embedding.word_embeddings.weight" if parameter.is_copy else parameter.name
+    for local, fused in _FUSED:
+        if bridge.hf_config.model_type != "qwen3_moe" or local.startswith(".input"):
+            key = key.replace(local, fused)
+    return key
+
+
+def shard_parts(
+    parameter: Parameter, tensor: Tensor, rank: int, size: int, bridge: ModelBridge
+) -> Iterator[tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
+    """Pieces of a local shard with their place in the whole parameter and its shape."""
+    rows, *rest = tensor.shape
+    zeros = (0,) * len(rest)
+    if parameter.split == WHOLE:
+        yield tensor, (0, *zeros), tuple(tensor.shape)
+    elif parameter.split == COLUMNS:
+        yield tensor, (0, rank * rest[0]), (rows, size * rest[0])
+    elif parameter.split == GATE_UP:
+        half = rows // 2
+        for i in range(2):
+            yield tensor[i * half : (i + 1) * half], ((i * size + rank) * half, *zeros), (rows * size, *rest)
+    elif parameter.split == VOCAB:
+        first = rank * rows
+        step = max(1, _BLOCK_BYTES // tensor[:1].nbytes)
+        count = max(0, min(rows, bridge.vocab_size - first))
+        for start in range(0, count, step):
+            stop = min(start + step, count)
+            yield tensor[start:stop], (first + start, *zeros), (bridge.vocab_size, *rest)
+    else:
+        yield tensor, (rank * rows, *zeros), (rows * size, *rest)
+
+
+class _StreamingStrategy(TorchDistSaveShardedStrategy):
+    """Megatron-Core's format written by the ranks themselves, tensor by tensor.
+
+    Its own writer copies every view of a larger tensor (here the halves of each gate/up matrix) before it writes the
+    first, and starts processes that import the main module.
+    """
+
+    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
+        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
+        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
+        writer = _StreamingWriter(checkpoint_dir)
+        checkpoint.save(mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=planner)
+
+
+class _StreamingWriter(checkpoint.FileSystemWriter):
+    """One file per rank, one tensor in memory at a time."""
+
+    def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
+        name = f"{plan.storage_data.prefix}0.distcp"
+        done: Future[list[WriteResult]] = Future()
+        done.set_result(write_shards(self.path, name, ((item, planner.resolve_data(item)) for item in plan.items)))
+        return done
+
+
+def write_shards(
+    directory: str | os.PathLike[str], name: str, items: Iterable[tuple[WriteItem, Tensor | io.BytesIO]]
+) -> list[WriteResult]:
+    """Writes one rank's file of a torch_dist checkpoint, on disk when it returns, and tells what lies where in it."""
+    results = []
+    with open(os.path.join(directory, name), "wb") as stream:
+        for item, data in items:
+            start = stream.tell()
+            if isinstance(data, io.BytesIO):
+                stream.write(data.getbuffer())
+            else:
+                data = data.detach().cpu()
+                # torch.save would store the whole tensor that a view looks at
+                torch.save(data.clone() if data.untyped_storage().nbytes() != data.nbytes else data, stream)
+            size = stream.tell() - start
+            results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
+        stream.flush()
+        os.fsync(stream.fileno())
+    return results
+
+
+def is_rank_0() -> bool:
+    """Whether this process speaks and writes for all."""
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+@contextmanager
+def whole_directory(out: str | Path) -> Iterator[Path]:
+    """A directory beside `out` to write into, renamed to `out` when the block ends and removed when it fails.
+
+    Collective over the world: every rank gets the same path, and an error on one of them ends the block for all. Raises
+    ModelFileError where `out` exists and is not an empty directory, or cannot be made.
+    """
+    out = Path(out).absolute()
+    folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
+    with together():
+        if is_rank_0():
+            check_free(out)
+            out.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir()
+    folder = all_gather(folder, None)[0]
+    try:
+        with together():
+            try:
+                yield folder
+            except OSError as error:
+                raise ModelFileError(f"{out}: cannot be written: {describe_os_error(error)}") from error
+        if is_rank_0():
+            folder.rename(out)
+    except BaseException:
+        if is_rank_0():
+            shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def check_free(out: str | Path) -> None:
+    """Raises ModelFileError unless `out` does not exist or is an empty directory."""
+    out = Path(out)
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelFileError(f"{out}: already in use; give a new or an empty directory")
+
+
+def describe_os_error(error: OSError) -> str:
+    """A full disk in words that say what to do; anything else as the system words it."""
+    where = f" ({error.filename})" if error.filename else ""
+    hint = "; free some space or write elsewhere" if error.errno == 28 else ""
+    return f"{error.strerror or error}{where}{hint}"
+
+
+def copy_side_files(source: str | Path, target: str | Path, dtype: torch.dtype) -> None:
+    """Configuration, tokenizer, chat template, generation settings and model card; config.json names `dtype`."""
+    for path in side_files(source):
+        if path.is_dir():
+            shutil.copytree(path, Path(target, path.name))
+        elif path.name != MANIFEST:
+            shutil.copy2(path, Path(target, path.name))
+    path = Path(target, "config.json")
+    config, name = json.loads(path.read_text()), str(dtype).removeprefix("torch.")
+    key = "dtype" if "dtype" in config else "torch_dtype"
+    if config.get(key, name) != name:
+        path.write_text(json.dumps({**config, key: name}, indent=2) + "\n")
