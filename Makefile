@@ -72,9 +72,9 @@ demo: install ## the embedded example end to end: table and report.html
 test: install-test lint ## the test suite; PYTHON=... for another version of Python
 	$(BIN)/python -m pytest tests -m 'not gpu and not slurm'
 
-lint: install-test ## ruff, and mypy over config.py, prune/ and losses/
+lint: install-test ## ruff, and mypy over config/, prune/ and losses/
 	$(BIN)/ruff check megatron_opd tools tests examples setup.py
-	$(BIN)/mypy megatron_opd/config.py megatron_opd/prune megatron_opd/losses
+	$(BIN)/mypy megatron_opd/config megatron_opd/prune megatron_opd/losses
 
 # Two nodes and a spare one in network namespaces; where there are no rights for that, one line says so
 test-slurm: install-test ## job scripts on a real Slurm in network namespaces (root): preemption, dead nodes, full disks
