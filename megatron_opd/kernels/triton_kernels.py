@@ -132,7 +132,7 @@ def stats_kernel(
     highest = tl.maximum(tl.max(top, axis=0), _LOW)
     summed = tl.sum(total * tl.exp2((tl.maximum(top, _LOW) - highest) * scale), axis=0)
     tl.store(lse + program, highest * inverse_temperature + tl.log(summed))
-    nans = tl.to_tensor(0)
+    nans = tl.full((), 0, tl.int32)
     if summed != summed:  # a NaN or +inf among the logits: rare enough to look again
         for tile in range(0, tiles):
             column = base + tile * LANES * _CHUNK + within
