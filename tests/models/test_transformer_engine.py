@@ -111,23 +111,23 @@ def generation(rank: int, world: int, root: Path) -> None:
         # What a cached pass gives is what a whole one gives, within the rounding that other shapes bring.
         whole = megatron_logits(model, TOKENS[:-1]).log_softmax(-1).gather(1, TOKENS[1:, None])[:, 0]
         assert float((own_logprobs(model, TOKENS.tolist()) - whole).abs().max()) < 0.15
-        renewed_after_an_update(model)
+        renewed_after_an_update(model, TOKENS.tolist())
     destroy_groups()
 
 
-def renewed_after_an_update(model: Model) -> None:
+def renewed_after_an_update(model: Model, tokens: list[int]) -> None:
     """An optimizer step changes parameters behind the layers' backs: generation must not run on the old ones."""
-    before = own_logprobs(model, TOKENS.tolist())
+    before = own_logprobs(model, tokens)
     with torch.no_grad():
         for chunk in model.chunks:
             for layer in chunk.decoder.layers:
                 layer.mlp.linear_fc2.weight.mul_(-1)
-    after = own_logprobs(model, TOKENS.tolist())
+    after = own_logprobs(model, tokens)
     assert float((after - before).abs().max()) > 0.1
     for chunk in model.chunks:
         for module in chunk.modules():
             getattr(module, "_fp8_workspaces", {}).clear()
-    assert torch.equal(own_logprobs(model, TOKENS.tolist()), after)
+    assert torch.equal(own_logprobs(model, tokens), after)
 
 
 def recipes(rank: int, world: int, root: Path) -> None:
