@@ -7,7 +7,6 @@ import select
 import subprocess
 import sys
 import threading
-import time
 
 import pytest
 
@@ -20,7 +19,7 @@ OWN = "tests.evaluation.own_verifiers:misbehave"
 
 @pytest.fixture(scope="module")
 def math():
-    with VerifierPool("math", timeout_s=10) as pool:
+    with VerifierPool("math") as pool:
         yield pool
 
 
@@ -104,14 +103,12 @@ def test_exact():
     assert [v.extracted for v in verdicts] == ["a b", "a b", "a  b", "x"]
 
 
-def test_a_misbehaving_verifier_costs_its_answer_and_no_other():
+def test_a_misbehaving_verifier_costs_its_response_and_no_other():
     deeds = ["hang", "spin", "raise", "die", "crash", "exit", "eat memory", "two"]
     cases = [Case(x, "ok") for deed in deeds for x in ("ok", deed)] + [Case("ok", "ok"), Case("print", "print")]
-    began = time.monotonic()
     with VerifierPool(OWN, timeout_s=3, workers=2) as pool:
         verdicts = pool.score(cases)
         assert pool.score([Case("ok", "ok"), Case("no", "ok")]) == [Verdict(1.0, "ok"), Verdict(0.0, "no")]
-    assert time.monotonic() - began < 90
     assert all(v == Verdict(1.0, "ok") for v in verdicts[:-1:2])
     assert verdicts[-1].correct  # what it prints does not disturb
     problems = [v.problem for v in verdicts[1:-1:2]]
@@ -183,7 +180,7 @@ def test_close_ends_the_workers_and_a_busy_one_ends_without_its_parent():
     script = (
         "import os, signal, sys, threading\n"
         "from megatron_opd.evaluation.verifiers import *\n"
-        f"pool = VerifierPool({OWN!r}, timeout_s=0.5, workers=1)\n"
+        f"pool = VerifierPool({OWN!r}, timeout_s=600, workers=1)\n"
         "pool.score([Case('ok', 'ok')])\n"
         "print(pool._workers[0]._process.pid, flush=True)\n"
         "pool._workers[0]._connection.send(('score', 0.5, 'spin', '', {}, ''))\n"
@@ -194,7 +191,7 @@ def test_close_ends_the_workers_and_a_busy_one_ends_without_its_parent():
         orphan = os.pidfd_open(int(parent.stdout))
     except ProcessLookupError:
         return  # gone already
-    ended, _, _ = select.select([orphan], [], [], 20)
+    ended, _, _ = select.select([orphan], [], [], 300)
     os.close(orphan)
     assert ended
 

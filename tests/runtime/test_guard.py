@@ -16,18 +16,41 @@ from megatron_opd.runtime.launch import agreed_exit_code
 from megatron_opd.runtime.lock import STALE_S, RunLock, RunLocked
 from tests.tiny_run import child_environment
 
+# One rank hangs in its step, the other waits for it. The guard's clock stands still until both are seen there, then
+# passes the limit at once; no rank ends before both have written. So nothing depends on how fast this machine is.
 HANG = """
-import sys, time
-import torch, torch.distributed as dist
-from megatron_opd.runtime.guard import Guard
+import sys, threading, time, types
+from pathlib import Path
+import torch.distributed as dist
+from megatron_opd.runtime import guard
 
 def stuck():
-    time.sleep(120)
+    time.sleep(1000)
+
+def everywhere(said):
+    (folder / f"{said}-{dist.get_rank()}").touch()
+    while len(list(folder.glob(f"{said}-*"))) < 2:
+        time.sleep(0.05)
+
+def in_the_hang():
+    frame = sys._current_frames()[threading.main_thread().ident]
+    while frame is not None and frame.f_code.co_name not in ("stuck", "barrier"):
+        frame = frame.f_back
+    return frame is not None
+
+def clock():
+    global now
+    if now == 0.0 and in_the_hang():
+        everywhere("hung")
+        now = 601.0
+    return now
 
 if __name__ == "__main__":
+    folder, now = Path(sys.argv[1]), 0.0
+    guard.time = types.SimpleNamespace(monotonic=clock, sleep=lambda seconds: everywhere("written"))
     dist.init_process_group("gloo")
-    guard = Guard(sys.argv[1], limit_s=2.0)
-    with guard.step(7):
+    running = guard.Guard(str(folder / "run"), limit_s=600.0)
+    with running.step(7):
         stuck() if dist.get_rank() == 1 else dist.barrier()
 """
 
@@ -86,14 +109,14 @@ def test_another_machine_counts_as_dead_without_heartbeat(tmp_path: Path) -> Non
 def test_a_hung_step_ends_with_every_ranks_stack(tmp_path: Path) -> None:
     (tmp_path / "hang.py").write_text(HANG)
     start = "import sys; from megatron_opd.runtime.launch import torchrun; sys.exit(torchrun(sys.argv[1:]))"
-    arguments = ["--standalone", "--nproc-per-node=2", str(tmp_path / "hang.py"), str(tmp_path / "run")]
+    arguments = ["--standalone", "--nproc-per-node=2", str(tmp_path / "hang.py"), str(tmp_path)]
     ended = subprocess.run(
-        [sys.executable, "-c", start, *arguments], env=child_environment(), capture_output=True, text=True, timeout=240
+        [sys.executable, "-c", start, *arguments], env=child_environment(), capture_output=True, text=True
     )
     assert ended.returncode == 76, ended.stderr
     for rank in (0, 1):
         assert f"rank {rank} of 2" in ended.stderr
-    assert "step 7 has taken more than train.watchdog_s: 2.0 s" in ended.stderr
+    assert "step 7 has taken more than train.watchdog_s: 600.0 s" in ended.stderr
     assert "in stuck" in ended.stderr and "in barrier" in ended.stderr
     assert re.search(r"launch: \d\d:\d\d:\d\d rank 0 ended by exit code 76: a step hung", ended.stderr)
 
