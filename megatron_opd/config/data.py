@@ -11,7 +11,8 @@ from megatron_opd.config.base import FilePath, Positive, Section
 
 class DataConfig(Section):
     prompts: FilePath
-    """JSONL (.jsonl) or Parquet (.parquet) file, or reasoning_gym:NAME."""
+    """JSONL (.jsonl) or Parquet (.parquet) file, reasoning_gym:NAME, or MODULE:FUNCTION: your own, called with (size,
+    seed), returns rows as objects, the same ones each time."""
     prompt_key: str = "prompt"
     """Column of the prompt: text, or chat messages; dots reach into objects. A file without it is looked through for
     the columns that DAPO-Math-17K, AIME, AMC and HMMT use, and the choice is reported."""
@@ -39,9 +40,10 @@ class DataConfig(Section):
     shuffle: bool = True
     """Shuffle by seed and epoch."""
     size: int = Field(default=10000, gt=0, le=10_000_000)
-    """Prompts to draw from reasoning_gym:NAME."""
+    """Prompts to draw from reasoning_gym:NAME; the most that are taken from MODULE:FUNCTION."""
     seed: int = Field(default=0, ge=0)
-    """Seed of reasoning_gym:NAME. Different seeds never draw the same item of its stream."""
+    """Seed of reasoning_gym:NAME and of MODULE:FUNCTION. Of reasoning-gym, different seeds never draw the
+    same item."""
 
     @model_validator(mode="after")
     def _check(self) -> DataConfig:
@@ -69,9 +71,9 @@ class EvalSetConfig(Section):
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus sampling."""
     limit: Positive | None = None
-    """Use only the first prompts; of reasoning_gym:NAME draw so many (null: 500)."""
+    """Use only the first prompts; of reasoning_gym:NAME and MODULE:FUNCTION draw so many (null: 500)."""
     seed: int = Field(default=1, ge=0)
-    """Seed of reasoning_gym:NAME; keep it different from data.seed."""
+    """Seed of reasoning_gym:NAME and of MODULE:FUNCTION; keep it different from data.seed."""
     prompt_key: str | None = None
     """As data.prompt_key; null takes that."""
     answer_key: str | None = None

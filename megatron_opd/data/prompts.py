@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_opd.config import DataConfig, EvalSetConfig
+from megatron_opd.config.base import OWN_FUNCTION
 from megatron_opd.data.sources import (
     Columns,
     DataError,
@@ -19,6 +20,7 @@ from megatron_opd.data.sources import (
     metadata_of,
     prompt_of,
     read_rows,
+    rows_of_function,
     source_of,
 )
 from megatron_opd.data.tokenizer import Tokenizer, TokenizerError
@@ -68,7 +70,12 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = Fa
         TokenizerError: `data.template` does not fit the tokenizer.
     """
     is_gym = data.prompts.startswith(GYM)
-    rows = _gym_rows(data) if is_gym else read_rows(data.prompts)
+    if is_gym:
+        rows = _gym_rows(data)
+    elif OWN_FUNCTION.fullmatch(data.prompts):
+        rows = rows_of_function(data.prompts, data.size, data.seed)
+    else:
+        rows = read_rows(data.prompts)
     columns = GYM_COLUMNS if is_gym else None
     found = PromptSet(data.prompts, [], 0, 0, 0, data.duplicates == "drop")
     seen: dict[str, tuple[str, list[int]]] = {}  # prompt as in the file -> text, tokens

@@ -1,10 +1,12 @@
-"""Rows of JSONL and Parquet files, and the columns that public data sets use."""
+"""Rows of JSONL and Parquet files and of a user's own function, and the columns that public data sets use."""
 
 from __future__ import annotations
 
+import importlib
+import itertools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +53,31 @@ def read_rows(path: str | Path) -> Iterator[Row]:
     if not path.is_file():
         raise DataError(f"{path}: no such file")
     return _parquet_rows(path) if path.suffix == ".parquet" else _jsonl_rows(path)
+
+
+def rows_of_function(name: str, size: int, seed: int) -> Iterator[Row]:
+    """The first `size` rows that the user's MODULE:FUNCTION returns for (size, seed).
+
+    Raises:
+        DataError: the module or the function is not there, it fails, or a row is no object.
+    """
+    module, _, function = name.partition(":")
+    try:
+        own = getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError) as error:
+        raise DataError(f"data source {name}: {error}; its module must be importable, e.g. PYTHONPATH=.") from error
+    count = 0
+    try:
+        for values in itertools.islice(own(size, seed), size):
+            place = f"{name}: item {count + 1}"
+            if not isinstance(values, Mapping):
+                raise DataError(f"{place}: must be an object with the prompt's columns, found {_type(values)}")
+            yield Row(count, place, dict(values))
+            count += 1
+    except DataError:
+        raise
+    except Exception as error:
+        raise DataError(f"data source {name} failed after {count} rows: {type(error).__name__}: {error}") from error
 
 
 def find_columns(row: Row, prompt: str, answer: str, source: str, need_answer: bool = False) -> Columns:
