@@ -21,8 +21,9 @@ from vllm.distributed.weight_transfer.base import (
     WeightTransferUpdateInfo,
 )
 from vllm.distributed.weight_transfer.factory import WeightTransferEngineFactory
-from vllm.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
 from vllm.model_executor.model_loader.reload import finalize_layerwise_reload, initialize_layerwise_reload
+
+from megatron_opd.compat.vllm_cpu import forget_packed_experts, repack_tied_head
 
 
 class ParameterLoad:
@@ -31,6 +32,7 @@ class ParameterLoad:
     def __init__(self, model: torch.nn.Module, model_config: Any):
         self.model, self.model_config = model, model_config
         self.loaded: set[str] = set()
+        forget_packed_experts(model)
         initialize_layerwise_reload(model)
 
     def add(self, named: Iterable[tuple[str, Tensor]]) -> None:
@@ -48,16 +50,6 @@ class ParameterLoad:
         missing = sorted({name for name, _ in self.model.named_parameters()} - self.loaded)
         if missing:
             raise ValueError(f"the hand-over lacks {len(missing)} parameters of the engine's model: {missing[:8]}")
-
-
-def repack_tied_head(model: torch.nn.Module) -> None:
-    """vLLM's CPU build keeps a packed copy of the output layer; where the embedding is tied to it, a reload changes the
-    embedding alone and the copy would go on with the old values."""
-    if torch.accelerator.is_available():
-        return
-    for module in model.modules():
-        if isinstance(module, ParallelLMHead):
-            module.quant_method.process_weights_after_loading(module)
 
 
 def load_parameters(worker: Any, named: Iterable[tuple[str, Tensor]]) -> None:
