@@ -5,6 +5,8 @@ Each class says which exit code a command ends with. The others (a bug, a machin
 
 from __future__ import annotations
 
+import errno
+
 
 class OPDError(Exception):
     """Base of all errors that a command prints as one message. Exit code 1: it failed while running."""
@@ -26,3 +28,14 @@ class RepeatingError(OPDError, RuntimeError):
 
 class ConfigError(InputError):
     """One or more keys are wrong; the message lists all of them."""
+
+
+def describe(error: BaseException) -> str:
+    """One line on any error: what the system refused and what to do about a full disk; our own errors as they are."""
+    if isinstance(error, OSError) and error.strerror:
+        where = f" ({error.filename})" if error.filename else ""
+        hint = "; free some space or write elsewhere" if error.errno == errno.ENOSPC else ""
+        return f"{error.strerror}{where}{hint}"
+    if isinstance(error, OPDError):
+        return str(error) or repr(error)
+    return f"{type(error).__name__}: {error}"

@@ -100,17 +100,14 @@ def main(argv: list[str] | None = None) -> int:
     warnings.filterwarnings("ignore", module="(megatron|mbridge|torch)")  # of their own deprecations, and of Apex
     import convert_steps  # after the filter, and not at all for --help
 
-    from megatron_opd.config import ConfigError
-    from megatron_opd.weights.converted import describe_os_error
-    from megatron_opd.weights.hf_files import ModelFileError
+    from megatron_opd.errors import OPDError, describe
 
     try:
         with process_group(processes):
             return getattr(convert_steps, f"{args.command}_")(args)
-    except (ModelFileError, ConfigError, OSError) as error:
+    except (OPDError, OSError) as error:
         if os.environ.get("RANK", "0") == "0" or not getattr(error, "known_to_all", False):
-            message = describe_os_error(error) if isinstance(error, OSError) else str(error)
-            print(f"error: {message}", file=sys.stderr, flush=True)
+            print(f"error: {describe(error)}", file=sys.stderr, flush=True)
         return 1
 
 

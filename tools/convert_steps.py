@@ -20,12 +20,12 @@ from megatron_opd.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_opd.data.tokenizer import TokenizerError, load_tokenizer
 from megatron_opd.models.build import Model, build_model
 from megatron_opd.models.compare import difference, load_transformers, megatron_logits, transformers_logits
+from megatron_opd.parallel.collective import all_gather, from_rank_0, is_rank_0, together
 from megatron_opd.parallel.groups import teacher_layout
 from megatron_opd.weights.bridge import read_hf_config
 from megatron_opd.weights.converted import (
     check_free,
     is_converted,
-    is_rank_0,
     load_converted,
     read_manifest,
     save_converted,
@@ -33,7 +33,7 @@ from megatron_opd.weights.converted import (
 from megatron_opd.weights.hf_export import EMBEDDING, OUTPUT, planned_tensors, save_hf
 from megatron_opd.weights.hf_files import HFTensors, ModelFileError, parse_size
 from megatron_opd.weights.loading import check_names, load_hf_weights
-from megatron_opd.weights.parameters import all_gather, local_parameters, model_names, together
+from megatron_opd.weights.parameters import local_parameters, model_names
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
@@ -134,7 +134,7 @@ def verify_(args: argparse.Namespace) -> int:
                 f"{name}: {found.positions} positions: largest difference {found.largest:.3g} at {found.position} "
                 f"({found.relative:.3g} of the largest logit), top-1 agreement {found.top1_agreement:.2%}"
             )
-    worst = all_gather(worst, None)[0]
+    worst = from_rank_0(worst)
     agree = worst <= tolerance
     say(
         f"{'equal' if agree else 'DIFFERENT'} within {tolerance:g} in {args.dtype}"
@@ -246,7 +246,7 @@ class Meter:
 
     def report(self, shard: int) -> None:
         """Prints each rank's peak. Collective."""
-        ranks = all_gather((self._status("VmHWM") - self.before, shard), None)
+        ranks = all_gather((self._status("VmHWM") - self.before, shard))
         for rank, (peak, held) in enumerate(ranks):
             share = f" ({peak / held - 1:+.0%})" if held >= 2**25 else ""  # of a tiny shard it says nothing
             say(

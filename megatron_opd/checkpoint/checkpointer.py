@@ -22,11 +22,11 @@ from megatron_opd.checkpoint.rng import rng_state, set_rng_state
 from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, set_adam_step, weight_entries
 from megatron_opd.checkpoint.writer import ShardWriter
 from megatron_opd.config import Config
-from megatron_opd.errors import RepeatingError
+from megatron_opd.errors import RepeatingError, describe
 from megatron_opd.models.build import Model
+from megatron_opd.parallel.collective import all_gather, is_rank_0, on_rank_0, together
 from megatron_opd.weights.converted import copy_side_files, load_converted, manifest_of, root_cause
 from megatron_opd.weights.hf_files import ModelFileError
-from megatron_opd.weights.parameters import all_gather, together
 
 _SHAPE_KEYS = (
     "model_type",
@@ -69,7 +69,6 @@ class Checkpointer:
         self.trainer, self.say = trainer, say
         self.student: Model = trainer.student
         self.root = directory.checkpoints_dir(config.run_dir)
-        self.is_rank_0 = dist.get_rank() == 0
         self.last_step: int | None = None  # of the newest complete checkpoint
         self.failures = 0  # in a row
         self.problem = ""
@@ -157,9 +156,10 @@ class Checkpointer:
         partial = directory.partial_path(self.root, step)
         self._owed = False
         everybodys_rng = all_gather(rng_state(), None)
-        problem = self._on_rank_0(lambda: _make_partial(partial))
-        if problem:
-            self._failed(step, problem)
+        try:
+            on_rank_0(lambda: _make_partial(partial), otherwise=CheckpointError)
+        except CheckpointError as error:
+            self._failed(step, str(error))
             return
         optimizer = self.trainer.optimizer
         weights = self._weights.prepare(weight_entries(self.student), background)
@@ -174,7 +174,7 @@ class Checkpointer:
         )
 
         def write() -> Any:
-            if self.is_rank_0:
+            if is_rank_0():
                 copy_side_files(self.config.student.model, partial, self.student.config.params_dtype)
                 (partial / directory.STATE).write_text(text, encoding="utf-8")
             return (
@@ -197,7 +197,7 @@ class Checkpointer:
         if not done:
             return
         error = save.work.exception()
-        outcomes = all_gather((_describe(error), None if error else save.work.result()), None)
+        outcomes = all_gather((describe(error) if error else "", None if error else save.work.result()), None)
         problems = [problem for problem, _ in outcomes if problem]
         if problems:
             self._save = None
@@ -213,7 +213,7 @@ class Checkpointer:
             self._advance(wait)
 
     def _seal(self, save: _Save, results: list[Any]) -> None:
-        if not self.is_rank_0:
+        if not is_rank_0():
             return
         self._weights.finish([weights for weights, _ in results], save.partial / directory.WEIGHTS)
         self._optimizer.finish([moments for _, moments in results], save.partial / directory.OPTIMIZER)
@@ -224,7 +224,7 @@ class Checkpointer:
         directory.remove_old(self.root, self.settings.keep_last, self.settings.keep_every)
 
     def _failed(self, step: int, problem: str, partial: Path | None = None) -> None:
-        if self.is_rank_0 and partial is not None:
+        if is_rank_0() and partial is not None:
             shutil.rmtree(partial, ignore_errors=True)
         self.failures += 1
         self.problem = problem
@@ -247,26 +247,16 @@ class Checkpointer:
             future.set_exception(error)
         return future
 
-    def _on_rank_0(self, action: Callable[[], Any]) -> str:
-        """Runs it there; returns what went wrong, on every rank."""
-        problem = ""
-        if self.is_rank_0:
-            try:
-                action()
-            except OSError as error:
-                problem = _describe(error)
-        return all_gather(problem, None)[0]
-
     # ---- loading
 
     def _find(self) -> list[Found]:
-        found: list[Found] = []
-        if self.is_rank_0:
+        def find() -> list[Found]:
             left = directory.remove_partial(self.root)
             if left:
                 self.say(f"removed what an interrupted save had left: {', '.join(left)}")
-            found = directory.find(self.root)
-        return all_gather(found, None)[0]
+            return directory.find(self.root)
+
+        return on_rank_0(find, otherwise=CheckpointError)
 
     def _check_model(self, candidate: Found) -> None:
         """Raises CheckpointError where the checkpoint is of another model than `student.model`."""
@@ -314,11 +304,3 @@ def _make_partial(partial: Path) -> None:
 def _shapes(student: Model) -> dict[str, Any]:
     config = student.bridge.hf_config
     return {key: getattr(config, key) for key in _SHAPE_KEYS if getattr(config, key, None) is not None}
-
-
-def _describe(error: BaseException | None) -> str:
-    if error is None:
-        return ""
-    if isinstance(error, OSError) and error.strerror:
-        return f"{error.strerror}{f' ({error.filename})' if error.filename else ''}"
-    return f"{type(error).__name__}: {error}"

@@ -5,11 +5,10 @@ from __future__ import annotations
 import json
 import logging
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch.distributed as dist
 
@@ -20,10 +19,10 @@ from megatron_opd.errors import OPDError
 from megatron_opd.evaluation.metrics import Answer, summarize
 from megatron_opd.evaluation.responses import ResponseFile, answer_of, request_key
 from megatron_opd.evaluation.verifiers import Case, VerifierPool
+from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.types import END_LENGTH, Rollout
 
-T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
@@ -65,7 +64,8 @@ def evaluate(
     left out as over-long}, "problems": {set: what went wrong with verifiers, with the answer's place}}.
 
     Raises:
-        EvaluationError: no space left, a verifier that cannot start, ...; on every rank.
+        EvaluationError: no space left, ...; on every rank.
+        VerifierError: the verifier cannot start; on every rank.
     """
     if is_writer != (not dist.is_initialized() or dist.get_rank() == 0):
         raise ValueError("is_writer must be true on rank 0 and nowhere else")
@@ -75,7 +75,7 @@ def evaluate(
         name = eval_set.config.name
         judge = _Judge(eval_set, tokenizer, settings, out_dir / f"{name}-step{step}.jsonl")
         try:
-            numbers, problems = _evaluate_set(engine, judge, model_id, is_writer)
+            numbers, problems = _evaluate_set(engine, judge, model_id)
         finally:
             judge.close()
         result["sets"][name] = {**numbers, "too_long": eval_set.prompts.too_long}
@@ -84,13 +84,11 @@ def evaluate(
             result["problems"][name] = problems
             if is_writer:
                 log.warning("%s: %d answers counted wrong unjudged: %s ...", name, len(problems), problems[0])
-    _on_writer(is_writer, lambda: _write_json(out_dir / f"step{step}.json", {"step": step, **result}))
+    on_rank_0(lambda: _write_json(out_dir / f"step{step}.json", {"step": step, **result}), otherwise=EvaluationError)
     return result
 
 
-def _evaluate_set(
-    engine: RolloutEngine, judge: _Judge, model_id: str, is_writer: bool
-) -> tuple[dict[str, float], list[str]]:
+def _evaluate_set(engine: RolloutEngine, judge: _Judge, model_id: str) -> tuple[dict[str, float], list[str]]:
     config, settings = judge.eval_set.config, judge.settings
     sampling = Sampling(config.max_tokens, config.temperature, config.top_p, seed=settings.seed)
     k, version = config.responses_per_prompt, engine.policy_version
@@ -99,7 +97,7 @@ def _evaluate_set(
     # The rest of the settings goes into the key as it is in the config, so that a later field cannot be forgotten.
     identity = config.model_dump(exclude={"limit", "prompts", "prompt_key", "answer_key"})
     keys = [request_key(identity, settings.seed, version, model_id, r) for r in requests]
-    pending = _on_writer(is_writer, partial(judge.resume, keys))
+    pending = on_rank_0(partial(judge.resume, keys), otherwise=EvaluationError)
     for start in range(0, len(pending), settings.chunk_responses):
         chunk = pending[start : start + settings.chunk_responses]
         rollouts = engine.generate([requests[i] for i in chunk], sampling)
@@ -109,8 +107,8 @@ def _evaluate_set(
         if stale:
             raise EvaluationError(f"answers come from weight versions {sorted(stale)}, the engine holds {version}")
         chunk_keys = [keys[i] for i in chunk]
-        _on_writer(is_writer, partial(judge.add, rollouts, chunk_keys))
-    return _on_writer(is_writer, judge.summary)
+        on_rank_0(partial(judge.add, rollouts, chunk_keys), otherwise=EvaluationError)
+    return on_rank_0(judge.summary, otherwise=EvaluationError)
 
 
 class _Judge:
@@ -173,23 +171,6 @@ class _Judge:
     def close(self) -> None:
         """Ends the verifier's processes."""
         self.pool.close()
-
-
-def _on_writer(is_writer: bool, action: Callable[[], T]) -> T:
-    """Runs `action` on rank 0 and hands its result to every rank; its failure is raised on every rank."""
-    outcome: list[Any] = [None]
-    failure: Exception | None = None
-    if is_writer:
-        try:
-            outcome = [(True, action())]
-        except Exception as error:
-            failure, outcome = error, [(False, f"{type(error).__name__}: {error}")]
-    if dist.is_initialized() and dist.get_world_size() > 1:
-        dist.broadcast_object_list(outcome, src=0)
-    good, value = outcome[0]
-    if not good:
-        raise EvaluationError(value) from failure
-    return value
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -20,7 +20,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_opd.errors import OPDError
+from megatron_opd.errors import OPDError, describe
+from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.runtime.launch import FORWARDED, REQUEUE_EXIT_CODE, WATCHDOG_EXIT_CODE
 from megatron_opd.runtime.lock import HEARTBEAT_S, RunLock, RunLocked
 
@@ -105,17 +106,13 @@ class Guard:
             self.lock.release()
 
     def _take_lock(self, run_dir: str) -> None:
-        error = [""]
-        if dist.get_rank() == 0:
+        def take() -> None:
             try:
                 self.lock = RunLock(run_dir)
-            except RunLocked as locked:
-                error = [str(locked)]
-            except OSError as broken:
-                error = [f"cannot lock {run_dir}: {broken}"]
-        dist.broadcast_object_list(error, 0)
-        if error[0]:
-            raise RunLocked(error[0])
+            except OSError as error:
+                raise RunLocked(f"cannot lock {run_dir}: {describe(error)}") from error
+
+        on_rank_0(take)
 
     def _on_signal(self, number: int, _frame: Any) -> None:
         self._signal = max(self._signal, number)

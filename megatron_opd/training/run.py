@@ -17,6 +17,7 @@ from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
 from megatron_opd.evaluation.verifiers import Case, VerifierPool
+from megatron_opd.parallel.collective import from_rank_0, on_rank_0
 from megatron_opd.prune import ResponseBudget
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.rollout.factory import hf_stream, make_engine
@@ -73,9 +74,8 @@ class Run:
         self.verifiers: VerifierPool | None = None
         self.step = 0
         self.owed: dict[str, Any] | None = None  # the last step's metrics while their evaluation is not done
-        name = [uuid.uuid4().hex]  # tells this run's saved answers from those of an earlier one in the same directory
-        dist.broadcast_object_list(name, 0)
-        self.name = name[0]
+        # Tells this run's saved responses from those of an earlier one in the same directory.
+        self.name = from_rank_0(uuid.uuid4().hex)
         self.checkpoints = Checkpointer(config, self.trainer, self.say)
         for note in [*notes, prompts.summary()]:
             self.say(note)
@@ -137,8 +137,9 @@ class Run:
 
     def rewards(self, rollouts: list[Rollout], members: set[int]) -> list[float]:
         """1 for answers among `members` that the verifier accepts, else 0; the same on every rank."""
-        values = [0.0] * len(rollouts)
-        if self.is_writer:
+
+        def verify() -> list[float]:
+            values = [0.0] * len(rollouts)
             if self.verifiers is None:
                 settings = self.config.eval
                 self.verifiers = VerifierPool(
@@ -151,9 +152,9 @@ class Run:
             ]
             for i, verdict in zip(places, self.verifiers.score(cases)):
                 values[i] = float(verdict.correct)
-        box = [values]
-        dist.broadcast_object_list(box, 0)
-        return box[0]
+            return values
+
+        return on_rank_0(verify)
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside parameters and optimizer."""
@@ -176,11 +177,9 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.totals = Totals(**state["totals"])
         self.training_step.norms = state["norms"]
-        owed = [state.get("owed")]
-        if self.is_writer and was_reported(self.config.run_dir, self.step):  # after the checkpoint was written
-            owed = [None]
-        dist.broadcast_object_list(owed, 0)
-        self.owed = owed[0]
+        # It may have been reported after the checkpoint was written.
+        reported = on_rank_0(lambda: was_reported(self.config.run_dir, self.step))
+        self.owed = None if reported else state.get("owed")
         self.say(f"resumed at step {self.step}")
 
     def _resume_budget(self, saved: dict[str, Any]) -> None:

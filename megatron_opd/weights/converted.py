@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.strategies.torch import (
@@ -43,6 +42,8 @@ from torch.distributed.checkpoint.planner import WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
+from megatron_opd.errors import describe
+from megatron_opd.parallel.collective import is_rank_0, on_rank_0, together
 from megatron_opd.weights.bridge import ModelBridge
 from megatron_opd.weights.hf_files import ModelFileError, side_files
 from megatron_opd.weights.parameters import (
@@ -51,11 +52,9 @@ from megatron_opd.weights.parameters import (
     VOCAB,
     WHOLE,
     Parameter,
-    all_gather,
     fill,
     local_parameters,
     tensor_group,
-    together,
     values,
     writable,
 )
@@ -115,9 +114,7 @@ def save_converted(
     """
     with whole_directory(out) as folder:
         entries = sharded_entries(local_parameters(chunks, bridge, groups), bridge, groups, loading=False)
-        with together():  # nobody writes before the folder is there
-            if is_rank_0():
-                (folder / CHECKPOINT).mkdir()
+        on_rank_0((folder / CHECKPOINT).mkdir)  # nobody writes before the folder is there
         strategy = _StreamingStrategy("torch_dist", 1)
         try:
             dist_checkpointing.save(entries, str(folder / CHECKPOINT), sharded_strategy=strategy)
@@ -172,7 +169,7 @@ def root_cause(error: BaseException) -> str:
     for failure in getattr(error, "failures", {}).values():
         error = failure[0] if isinstance(failure, tuple) else failure
         break
-    return describe_os_error(error) if isinstance(error, OSError) else str(error) or repr(error)
+    return describe(error) if isinstance(error, OSError) else str(error) or repr(error)
 
 
 def sharded_entries(
@@ -280,11 +277,6 @@ def write_shards(
     return results
 
 
-def is_rank_0() -> bool:
-    """Whether this process speaks and writes for all."""
-    return not dist.is_initialized() or dist.get_rank() == 0
-
-
 @contextmanager
 def whole_directory(out: str | Path) -> Iterator[Path]:
     """A directory beside `out` to write into, renamed to `out` when the block ends and removed when it fails.
@@ -293,19 +285,23 @@ def whole_directory(out: str | Path) -> Iterator[Path]:
     ModelFileError where `out` exists and is not an empty directory, or cannot be made.
     """
     out = Path(out).absolute()
-    folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
-    with together():
-        if is_rank_0():
-            check_free(out)
-            out.parent.mkdir(parents=True, exist_ok=True)
-            folder.mkdir()
-    folder = all_gather(folder, None)[0]
+
+    def make() -> Path:
+        check_free(out)
+        folder = out.with_name(f".{out.name}.partial-{os.getpid()}")
+        try:
+            folder.mkdir(parents=True)
+        except OSError as error:
+            raise ModelFileError(f"{out}: cannot be written: {describe(error)}") from error
+        return folder
+
+    folder = on_rank_0(make)
     try:
         with together():
             try:
                 yield folder
             except OSError as error:
-                raise ModelFileError(f"{out}: cannot be written: {describe_os_error(error)}") from error
+                raise ModelFileError(f"{out}: cannot be written: {describe(error)}") from error
         if is_rank_0():
             folder.rename(out)
     except BaseException:
@@ -319,13 +315,6 @@ def check_free(out: str | Path) -> None:
     out = Path(out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelFileError(f"{out}: already in use; give a new or an empty directory")
-
-
-def describe_os_error(error: OSError) -> str:
-    """A full disk in words that say what to do; anything else as the system words it."""
-    where = f" ({error.filename})" if error.filename else ""
-    hint = "; free some space or write elsewhere" if error.errno == 28 else ""
-    return f"{error.strerror or error}{where}{hint}"
 
 
 def copy_side_files(source: str | Path, target: str | Path, dtype: torch.dtype) -> None:

@@ -10,11 +10,12 @@ from typing import Any
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
 
+from megatron_opd.parallel.collective import all_gather, is_rank_0
 from megatron_opd.weights.bridge import ModelBridge
-from megatron_opd.weights.converted import copy_side_files, is_rank_0, whole_directory
+from megatron_opd.weights.converted import copy_side_files, whole_directory
 from megatron_opd.weights.hf_files import DTYPES, SafetensorsWriter
 from megatron_opd.weights.loading import export_hf_weights
-from megatron_opd.weights.parameters import all_gather, expert_on, hf_shapes, local_parameters, tensor_group
+from megatron_opd.weights.parameters import expert_on, hf_shapes, local_parameters, tensor_group
 
 EMBEDDING, OUTPUT = "model.embed_tokens.weight", "lm_head.weight"
 

@@ -11,6 +11,7 @@ import torch.distributed as dist
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_opd.parallel.collective import all_gather, together
 from megatron_opd.weights import converted
 from megatron_opd.weights.bridge import ModelBridge
 from megatron_opd.weights.hf_files import HFTensors, ModelFileError
@@ -20,14 +21,12 @@ from megatron_opd.weights.parameters import (
     VOCAB,
     WHOLE,
     Parameter,
-    all_gather,
     expert_on,
     fill,
     hf_shapes,
     local_parameters,
     model_names,
     tensor_group,
-    together,
     values,
     writable,
 )

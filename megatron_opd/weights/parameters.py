@@ -7,10 +7,8 @@ parallel state: layer numbers come from the layers themselves, ranks from the gi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -18,6 +16,7 @@ from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_opd.parallel.collective import all_gather
 from megatron_opd.weights.bridge import ModelBridge
 from megatron_opd.weights.hf_files import ModelFileError
 
@@ -127,36 +126,6 @@ def model_names(parameters: Iterable[Parameter], bridge: ModelBridge, groups: Pr
             described = expert_on(parameter, rank, bridge, groups) if parameter.is_expert else parameter
             names.update(bridge.hf_names(described.name))
     return set().union(*all_gather(names, groups.pp))
-
-
-def all_gather(item: Any, group: dist.ProcessGroup | None) -> list[Any]:
-    """Every rank's `item`, in the group's rank order. Collective."""
-    if not dist.is_initialized() or dist.get_world_size(group) == 1:
-        return [item]
-    items = [None] * dist.get_world_size(group)
-    dist.all_gather_object(items, item, group=group)
-    return items
-
-
-@contextmanager
-def together() -> Iterator[None]:
-    """What one rank raises inside, all ranks raise at the end. Collective over the world."""
-    error: BaseException | None = None
-    try:
-        yield
-    except Exception as caught:
-        error = caught
-    raise_together(error)
-
-
-def raise_together(error: BaseException | None) -> None:
-    """Raises on every rank of the world when one has an error, so that none waits for it in vain. Collective."""
-    messages = [text for text in all_gather(None if error is None else str(error) or repr(error), None) if text]
-    if error is None and messages:
-        error = ModelFileError(messages[0])
-    if error is not None:
-        error.known_to_all = True  # type: ignore[attr-defined]  # so one rank can speak for all
-        raise error
 
 
 def _global_name(local_name: str, numbers: list[int], bridge: ModelBridge, groups: ProcessGroupCollection) -> str:

@@ -14,6 +14,7 @@ from megatron_opd.config import ConfigError, ModelConfig, ParallelConfig, Teache
 from megatron_opd.models.build import Model, build_model, check_layout
 from megatron_opd.models.compare import difference, megatron_logits
 from megatron_opd.models.fp8 import check_fp8, fuse_gradient_accumulation
+from megatron_opd.parallel.collective import together
 from megatron_opd.parallel.groups import teacher_layout
 from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.rollout.megatron.engine import MegatronEngine
@@ -21,7 +22,7 @@ from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.types import Prompt
 from megatron_opd.weights.converted import save_converted
 from megatron_opd.weights.loading import export_hf_weights
-from megatron_opd.weights.parameters import local_parameters, together, values
+from megatron_opd.weights.parameters import local_parameters, values
 from tests.layouts import destroy_groups, student_model
 from tests.models.tiny_families import VOCAB, make
 from tests.stand_in import with_stand_in

@@ -13,10 +13,10 @@ from megatron_opd.compat.cpu_platform import apply_cpu_platform
 from megatron_opd.config import ModelConfig, ParallelConfig
 from megatron_opd.models.build import Model, build_model
 from megatron_opd.models.compare import difference, megatron_logits
+from megatron_opd.parallel.collective import together
 from megatron_opd.parallel.groups import teacher_layout
 from megatron_opd.weights.converted import save_converted
 from megatron_opd.weights.loading import export_hf_weights
-from megatron_opd.weights.parameters import together
 from tests.distributed import run_distributed
 from tests.layouts import student_model
 from tests.models.tiny_families import FAMILIES, VOCAB, make

@@ -28,6 +28,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.config import ConfigError, RolloutConfig
+from megatron_opd.parallel.collective import all_gather, everywhere, from_rank_0
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
 from megatron_opd.rollout.vllm.common import (
     CONTROL_TIMEOUT,
@@ -196,13 +197,12 @@ class VllmColocateEngine(RolloutEngine):
             return
         from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
 
-        token = [uuid.uuid4().hex]
-        dist.broadcast_object_list(token, group=self.group)
+        token = from_rank_0(uuid.uuid4().hex, self.group)
         original = ExecutorWithExternalLauncher._distributed_args
 
         def distributed_args(executor: Any) -> tuple[str, int, int]:
             method, rank, local_rank = original(executor)
-            return f"{method}:{token[0]}", rank, local_rank
+            return f"{method}:{token}", rank, local_rank
 
         ExecutorWithExternalLauncher._distributed_args = distributed_args
         try:
@@ -276,23 +276,19 @@ class VllmColocateEngine(RolloutEngine):
 
     def _everywhere(self, work: Callable[[], _T]) -> _T:
         """Runs `work` on this rank; where a rank fails, all raise, so that none waits in a collective for it."""
-        result, error = None, None
-        try:
-            result = work()
-        except Exception:
-            error = traceback.format_exc()
-        errors: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(errors, error, group=self.group)
-        for rank, failed in enumerate(errors):
-            if failed:
-                raise RolloutError(f"vLLM on rank {rank} failed:\n{failed}")
-        return result  # type: ignore[return-value]
+
+        def explained() -> _T:
+            try:
+                return work()
+            except Exception:
+                raise RolloutError(f"vLLM on rank {self.rank} failed:\n{traceback.format_exc()}") from None
+
+        return everywhere(explained, self.group)
 
     def _gather(self, value: _T) -> list[_T]:
         """One value per engine, from its first rank; the other ranks of an engine hold the same."""
-        values: list[Any] = [None] * self.world_size
         first = self.rank % self.config.tensor == 0
-        dist.all_gather_object(values, value if first else None, group=self.group)
+        values: list[Any] = all_gather(value if first else None, self.group)
         return values[:: self.config.tensor]
 
 

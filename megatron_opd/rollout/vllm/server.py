@@ -29,6 +29,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.config import ConfigError, RolloutConfig
+from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Watch
 from megatron_opd.rollout.vllm.client import Pool, Replica, ReplicaError, backoff_s
 from megatron_opd.rollout.vllm.common import (
@@ -221,20 +222,7 @@ class VllmServerEngine(RolloutEngine):
 
     def _on_first(self, work: Callable[[], Any]) -> Any:
         """Runs `work` on rank 0 and returns its result on every rank; its errors are raised on every rank."""
-        if not self.distributed:
-            return work()
-        message: list[Any] = [None]
-        if self.first:
-            try:
-                message = [(True, work())]
-            except Exception as error:
-                message = [(False, error if isinstance(error, RolloutError) else RolloutError(f"rank 0: {error!r}"))]
-                cause = error
-        dist.broadcast_object_list(message, src=0, group=self.group)
-        succeeded, result = message[0]
-        if succeeded:
-            return result
-        raise result from (cause if self.first else None)
+        return on_rank_0(work, self.group, otherwise=RolloutError)
 
 
 class _Run:
