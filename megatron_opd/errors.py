@@ -14,6 +14,10 @@ class OPDError(Exception):
     exit_code = 1
 
 
+class RunError(OPDError, RuntimeError):
+    """It failed while running: an engine, an evaluation, a hand-over, another rank."""
+
+
 class InputError(OPDError, ValueError):
     """What the user gave (config, data, tokenizer, model files) is wrong; starting again does not help."""
 

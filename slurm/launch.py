@@ -24,7 +24,7 @@ sys.path.insert(0, str(REPO))
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="runtime/launch.py", description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(prog="slurm/launch.py", description=__doc__.split("\n")[0])
     parser.add_argument("--log-dir", type=Path, required=True, help="of this start of this job")
     parser.add_argument("command", choices=["train", "eval"])
     parser.add_argument("config")

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from megatron_opd.config import DataConfig, EvalConfig, EvalSetConfig
 from megatron_opd.data.prompts import PromptSet, load_eval_prompts
 from megatron_opd.data.tokenizer import Tokenizer
-from megatron_opd.errors import OPDError
+from megatron_opd.errors import RunError
 from megatron_opd.evaluation.metrics import Answer, summarize
 from megatron_opd.evaluation.responses import ResponseFile, answer_of, request_key
 from megatron_opd.evaluation.verifiers import Case, VerifierPool
@@ -26,7 +26,7 @@ from megatron_opd.types import END_LENGTH, Rollout
 log = logging.getLogger(__name__)
 
 
-class EvaluationError(OPDError):
+class EvaluationError(RunError):
     """The writing rank could not verify, save or read back answers; raised on every rank alike."""
 
 

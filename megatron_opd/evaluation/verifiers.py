@@ -13,14 +13,14 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.errors import OPDError
+from megatron_opd.errors import RunError
 from megatron_opd.types import Prompt
 
 WORKER = Path(__file__).with_name("worker.py")
 START_TIMEOUT_S = 120.0
 
 
-class VerifierError(OPDError):
+class VerifierError(RunError):
     """A verifier cannot be started at all, for instance because its package is missing."""
 
 

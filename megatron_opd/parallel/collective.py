@@ -15,13 +15,13 @@ from typing import Any, TypeVar
 
 import torch.distributed as dist
 
-from megatron_opd.errors import OPDError, describe
+from megatron_opd.errors import OPDError, RunError, describe
 
 T = TypeVar("T")
 _Failure = tuple[type[OPDError] | None, str]  # class and message; None: an error that is not ours
 
 
-class RankFailed(OPDError):
+class RankFailed(RunError):
     """Another rank met an error; that rank's log has its traceback."""
 
 

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from megatron_opd.errors import OPDError, describe
+from megatron_opd.errors import RunError, describe
 from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.runtime.launch import FORWARDED, REQUEUE_EXIT_CODE, WATCHDOG_EXIT_CODE
 from megatron_opd.runtime.lock import HEARTBEAT_S, RunLock, RunLocked
@@ -33,7 +33,7 @@ _BACKSTOP_S = 10.0  # after the limit: for a main thread that holds Python's loc
 _TERM_PATIENCE_S = 10.0  # a rank that is still in its step so long after SIGTERM says where
 
 
-class Requeue(OPDError):
+class Requeue(RunError):
     """The run was asked to stop and has saved; started again, it goes on."""
 
     exit_code = REQUEUE_EXIT_CODE

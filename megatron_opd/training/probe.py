@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from megatron_opd.config import Config
-from megatron_opd.errors import OPDError
+from megatron_opd.errors import RunError
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.training.setup import Trainer
@@ -13,7 +13,7 @@ from megatron_opd.training.setup import Trainer
 PROBE_TOKENS = 32
 
 
-class HandoverError(OPDError):
+class HandoverError(RunError):
     """The engine or the teacher runs other parameters than it should; going on would train on noise."""
 
 

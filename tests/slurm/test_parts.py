@@ -183,7 +183,7 @@ def test_in_a_container_by_apptainer(tmp_path: Path) -> None:
 def test_servers_take_the_last_nodes(tmp_path: Path) -> None:
     """Without GPUs: one server a node, at ports from VLLM_PORT on; the ranks know them by name."""
     commands = job_commands(tmp_path, VLLM_NODES="1", VLLM_PORT="9000", PREFLIGHT="0")
-    gpus, servers, train = sorted(commands, key=lambda line: ("runtime/launch.py" in line, "serve.sh" in line))
+    gpus, servers, train = sorted(commands, key=lambda line: ("slurm/launch.py" in line, "serve.sh" in line))
     assert "--nodelist=n3" in gpus and "--nodes=1 --ntasks=1 --nodelist=n3" in servers
     assert "--nodes=2 --ntasks=2 --nodelist=n1,n2" in train
     override = 'rollout.engine=vllm rollout.mode=server rollout.servers=["http://n3:9000"] '

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opd.errors import OPDError
+from megatron_opd.errors import RunError
 from megatron_opd.rollout.base import Request, Sampling, Segment
 from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, Rollout
 
@@ -24,7 +24,7 @@ CONTROL_TIMEOUT = timedelta(days=1)  # of groups in which ranks wait for a whole
 END_REASONS = {"stop": END_EOS, "length": END_LENGTH}
 
 
-class RolloutError(OPDError):
+class RolloutError(RunError):
     """Generation cannot go on; the message says where and why."""
 
 
