@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 import warnings
 from typing import Annotated, Any, ClassVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from megatron_opd.plugins import is_own
 
 
 class Section(BaseModel):
@@ -38,12 +39,9 @@ class PathBase:
     directory = "."  # what relative paths are relative to, while a YAML file or an override is read
 
 
-# A function of the user's own, MODULE:FUNCTION; a file of such a name is written ./a:b
-OWN_FUNCTION = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
-
-
 def absolute_path(value: Any) -> Any:
-    if not isinstance(value, str) or not value or OWN_FUNCTION.fullmatch(value) or value.startswith("reasoning_gym:"):
+    """MODULE:FUNCTION and reasoning_gym:NAME stay as they are; a file of such a name is written ./a:b."""
+    if not isinstance(value, str) or not value or is_own(value) or value.startswith("reasoning_gym:"):
         return value
     return os.path.abspath(os.path.join(PathBase.directory, os.path.expanduser(os.path.expandvars(value))))
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import AfterValidator, Field, model_validator
 
 from megatron_opd.config.base import FilePath, Positive, Section
+from megatron_opd.plugins import VERIFIERS, check_name
+
+VerifierName = Annotated[str, AfterValidator(lambda name: check_name(name, VERIFIERS))]
 
 
 class DataConfig(Section):
@@ -29,7 +32,7 @@ class DataConfig(Section):
     """System message put in front of chat prompts that bring none of their own."""
     suffix: str = ""
     """Instruction put behind every prompt's text."""
-    verifier: str = "math"
+    verifier: VerifierName = "math"
     """Scores training answers for `prune.after_drift: grpo`; values as eval.sets.verifier."""
     tokenizer: FilePath | None = None
     """Directory or sentencepiece .model file; null takes the student's."""
@@ -59,7 +62,7 @@ class EvalSetConfig(Section):
     """Name in the metrics and of the answers' file: letters, digits and . @ _ -"""
     prompts: FilePath
     """As data.prompts."""
-    verifier: str = Field(default="math", pattern=r"^(math|reasoning_gym|exact|[A-Za-z_][\w.]*:[A-Za-z_]\w*)$")
+    verifier: VerifierName = "math"
     """math: math-verify on the boxed answer. reasoning_gym: the data set's own scorer. exact: equal text.
     MODULE:FUNCTION: your own, called with (response, answer, metadata), returns a score from 0 to 1."""
     responses_per_prompt: Positive = 1

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.config.base import Fraction, Positive, Section
+from megatron_opd.plugins import SIGNALS, check_name
 
 
 class BudgetConfig(Section):
@@ -45,8 +46,11 @@ class PruneConfig(Section):
     preset: Literal["paper", "off", "in_flight"] = "paper"
     """Values for the keys below that are not given. paper: the published method to the letter. in_flight: generation
     and training stop at the drift point. off: plain on-policy distillation, nothing watched, budget at its maximum."""
-    signal: Literal["overlap", "teacher_top_p", "none"] = "overlap"
-    """What makes a drift event: low top-k overlap, or a sampled token outside the teacher's nucleus."""
+    signal: str = "overlap"
+    """What makes a drift event. overlap: low top-k overlap. teacher_top_p: a sampled token outside the teacher's
+    nucleus. none: nothing. MODULE:NAME: your own, a subclass of megatron_opd.prune.signals.DriftSignal."""
+    signal_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of a signal of your own, given to it by keyword."""
     k: Positive = 16
     """Candidates per position whose overlap is taken; also those of the top-k loss, unless `loss.k` says otherwise."""
     threshold: Fraction = 0.7
@@ -83,12 +87,22 @@ class PruneConfig(Section):
             return {**PRESETS.get(values.get("preset", "paper"), {}), **values}
         return values
 
+    @field_validator("signal")
+    @classmethod
+    def _known_signal(cls, value: str) -> str:
+        return check_name(value, SIGNALS)
+
+    @property
+    def watches_drift(self) -> bool:
+        """Whether there are drift events at all, and with them prune weights and a budget that moves."""
+        return self.signal != "none"
+
     @model_validator(mode="after")
     def _check(self) -> PruneConfig:
-        if self.signal == "none" and self.in_flight:
-            raise ValueError("in_flight: true needs a signal: overlap or teacher_top_p")
-        if self.signal == "none" and self.cut != "none":
-            raise ValueError(f"cut: {self.cut} needs a signal: overlap or teacher_top_p")
+        if not self.watches_drift and self.in_flight:
+            raise ValueError("in_flight: true needs a signal: overlap, teacher_top_p or your own")
+        if not self.watches_drift and self.cut != "none":
+            raise ValueError(f"cut: {self.cut} needs a signal: overlap, teacher_top_p or your own")
         if self.cut == "reliability" and self.w_base > 0:
             raise ValueError(
                 f"cut: reliability drops what w_base: {self.w_base} would train on; set w_base: 0 or cut: none"

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.config.base import FilePath, Positive, Section
+from megatron_opd.plugins import ENGINES, check_name
 
 
 class RolloutConfig(Section):
-    engine: Literal["megatron", "vllm"] = "megatron"
-    """megatron: inside the training ranks, needs nothing else. vllm: what a cluster uses."""
+    engine: str = "megatron"
+    """megatron: inside the training ranks, needs nothing else. vllm: what a cluster uses. MODULE:NAME: your own, a
+    subclass of megatron_opd.rollout.base.RolloutEngine."""
     mode: Literal["colocate", "server"] = "colocate"
     """vLLM only. colocate: engines inside the training ranks. server: `vllm serve` processes at `servers`."""
     temperature: float = Field(default=1.0, ge=0.0)
@@ -56,10 +58,15 @@ class RolloutConfig(Section):
     importance_clip: float | None = Field(default=None, gt=0)
     """Truncated importance weights min(p_student / p_rollout, clip) on the loss; null for none."""
 
+    @field_validator("engine")
+    @classmethod
+    def _known_engine(cls, value: str) -> str:
+        return check_name(value, ENGINES)
+
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
         if self.engine == "vllm" and self.mode == "server" and not self.servers:
             raise ValueError("mode: server needs servers: [http://HOST:PORT, ...]")
-        if self.engine == "megatron" and self.mode == "server":
-            raise ValueError("mode: server needs engine: vllm; engine: megatron is always colocated")
+        if self.engine != "vllm" and self.mode == "server":
+            raise ValueError(f"mode: server needs engine: vllm; engine: {self.engine} has no servers")
         return self

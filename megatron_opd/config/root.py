@@ -12,6 +12,7 @@ from megatron_opd.config.models import ModelConfig, TeacherConfig
 from megatron_opd.config.prune import PruneConfig
 from megatron_opd.config.rollout import RolloutConfig
 from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrainConfig
+from megatron_opd.plugins import LOSSES, Reads
 
 
 class Config(Section):
@@ -50,6 +51,26 @@ class Config(Section):
         """The student's most likely tokens that are kept at each position."""
         return max(self.prune.k, self.loss_k)
 
+    def loss_problems(self, reads: Reads, fused_head: bool) -> list[str]:
+        """What the rest of the config cannot give a loss that reads this of the teacher. Of a loss of the package the
+        config knows it; of one's own, who has built it asks here."""
+        problems = []
+        if reads == "logits" and self.score.mode != "fused":
+            problems.append(
+                f"loss.kind: {self.loss.kind} reads the teacher's whole distribution; set score.mode: fused"
+            )
+        if self.loss.fused_head and not fused_head:
+            problems.append(
+                f"loss.fused_head: true works with loss.kind: topk_reverse_kl or sampled_reverse_kl; {self.loss.kind} "
+                "reads whole logits: set loss.fused_head: false"
+            )
+        if self.loss.fused_head and self.score.mode == "fused":
+            problems.append(
+                "loss.fused_head: true works with score.mode: separate; fused scoring compares whole logits of both "
+                "models: set loss.fused_head: false"
+            )
+        return problems
+
     @model_validator(mode="after")
     def _check(self) -> Config:
         problems = []
@@ -71,21 +92,8 @@ class Config(Section):
                 problems.append("score.mode: fused scores after generation; it excludes prune.in_flight: true")
             if self.prune.cut != "none":
                 problems.append("score.mode: fused learns the drift point too late to cut; set prune.cut: none")
-        full_vocabulary = ("full_reverse_kl", "forward_kl", "generalized_jsd")
-        if self.loss.kind in full_vocabulary and self.score.mode != "fused":
-            problems.append(
-                f"loss.kind: {self.loss.kind} reads the teacher's whole distribution; set score.mode: fused"
-            )
-        if self.loss.fused_head and self.loss.kind in full_vocabulary:
-            problems.append(
-                f"loss.fused_head: true works with loss.kind: topk_reverse_kl or sampled_reverse_kl; {self.loss.kind} "
-                "reads whole logits: set loss.fused_head: false"
-            )
-        if self.loss.fused_head and self.score.mode == "fused":
-            problems.append(
-                "loss.fused_head: true works with score.mode: separate; fused scoring compares whole logits of both "
-                "models: set loss.fused_head: false"
-            )
+        if loss := LOSSES.get(self.loss.kind):
+            problems += self.loss_problems(loss.reads, loss.fused_head)
         if self.student.parallel.expert > 1 and self.rollout.engine == "megatron":
             problems.append(
                 f"student.parallel.expert: {self.student.parallel.expert} spans replicas that generate for different "

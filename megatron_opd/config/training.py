@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.config.base import Fraction, Positive, Section
+from megatron_opd.plugins import LOSSES, check_name
 
 
 class LossConfig(Section):
-    kind: Literal["topk_reverse_kl", "sampled_reverse_kl", "full_reverse_kl", "forward_kl", "generalized_jsd"] = (
-        "topk_reverse_kl"
-    )
-    """The distillation loss. topk_reverse_kl is the published one."""
+    kind: str = "topk_reverse_kl"
+    """The distillation loss: topk_reverse_kl (the published one), sampled_reverse_kl, full_reverse_kl, forward_kl,
+    generalized_jsd, or MODULE:NAME, a subclass of megatron_opd.losses.Loss of your own."""
+    options: dict[str, Any] = Field(default_factory=dict)
+    """Parameters of a loss of your own, given to it by keyword."""
     k: Positive | None = None
     """Candidates per position of topk_reverse_kl; null takes prune.k, as the method does."""
     jsd_beta: float = Field(default=0.5, gt=0.0, lt=1.0)
@@ -26,6 +28,25 @@ class LossConfig(Section):
     fused_head: bool = False
     """Student's output layer and loss in one, in chunks of `chunk_tokens`, so that a row's logits are never whole: the
     memory of long rows. For topk_reverse_kl and sampled_reverse_kl with score.mode: separate."""
+
+    @property
+    def parameters(self) -> dict[str, Any]:
+        """What the loss is built with: `options`, and the keys of this section that are its own."""
+        entry = LOSSES.get(self.kind)
+        return {name: getattr(self, name) for name in entry.options} if entry else dict(self.options)
+
+    @field_validator("kind")
+    @classmethod
+    def _known_kind(cls, value: str) -> str:
+        return check_name(value, LOSSES)
+
+    @model_validator(mode="after")
+    def _check(self) -> LossConfig:
+        if self.options and self.kind in LOSSES:
+            raise ValueError(
+                f"options: are for a loss of your own, MODULE:NAME; kind: {self.kind} takes none: {self.options}"
+            )
+        return self
 
 
 class ScoreConfig(Section):

@@ -10,7 +10,6 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from megatron_opd.config import DataConfig, EvalSetConfig
-from megatron_opd.config.base import OWN_FUNCTION
 from megatron_opd.data.sources import (
     Columns,
     DataError,
@@ -24,6 +23,7 @@ from megatron_opd.data.sources import (
     source_of,
 )
 from megatron_opd.data.tokenizer import Tokenizer, TokenizerError
+from megatron_opd.plugins import is_own
 from megatron_opd.types import Prompt
 
 GYM = "reasoning_gym:"
@@ -72,7 +72,7 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = Fa
     is_gym = data.prompts.startswith(GYM)
     if is_gym:
         rows = _gym_rows(data)
-    elif OWN_FUNCTION.fullmatch(data.prompts):
+    elif is_own(data.prompts):
         rows = rows_of_function(data.prompts, data.size, data.seed)
     else:
         rows = read_rows(data.prompts)

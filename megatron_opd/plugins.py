@@ -1,0 +1,110 @@
+"""Parts that a config names: this package's by a short name, anybody's own as MODULE:NAME. Needs no torch.
+
+The tables say where a short name's code lives, and what the config's checks must know of it. Nothing is imported before
+it is used, so that a config can be checked on a machine without torch.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import re
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from megatron_opd.errors import ConfigError
+
+OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
+
+# What a loss needs of the teacher at each response token: log-probs of the student's k candidates; the log-prob of the
+# sampled token; or its logits over the whole vocabulary, which `score.mode: fused` alone has.
+Reads = Literal["candidates", "sampled", "logits"]
+
+
+@dataclass(frozen=True)
+class LossEntry:
+    """A loss of the package; `reads` and `fused_head` repeat what its class says, for those who cannot import it."""
+
+    target: str  # MODULE:NAME
+    reads: Reads
+    fused_head: bool = True  # it can be computed from hidden states in chunks of tokens
+    options: tuple[str, ...] = ()  # its own parameters: keys of `loss` or of `loss.options`
+
+
+LOSSES = {
+    "topk_reverse_kl": LossEntry("megatron_opd.losses.candidates:TopkReverseKL", "candidates"),
+    "sampled_reverse_kl": LossEntry("megatron_opd.losses.candidates:SampledReverseKL", "sampled"),
+    "full_reverse_kl": LossEntry("megatron_opd.losses.full_vocabulary:FullReverseKL", "logits", fused_head=False),
+    "forward_kl": LossEntry("megatron_opd.losses.full_vocabulary:ForwardKL", "logits", fused_head=False),
+    "generalized_jsd": LossEntry(
+        "megatron_opd.losses.full_vocabulary:GeneralizedJSD", "logits", fused_head=False, options=("jsd_beta",)
+    ),
+}
+SIGNALS = {
+    "overlap": "megatron_opd.prune.signals:TopKOverlap",
+    "teacher_top_p": "megatron_opd.prune.signals:TeacherNucleus",
+    "none": "megatron_opd.prune.signals:NoSignal",
+}
+ENGINES = ("megatron", "vllm")  # rollout/factory.py makes them: each has needs of its own
+VERIFIERS = ("math", "reasoning_gym", "exact")  # evaluation/worker.py has them: its process imports nothing of ours
+
+
+def is_own(name: str) -> bool:
+    """Whether a name stands for something of the user's own: MODULE:NAME."""
+    return bool(OWN.fullmatch(name))
+
+
+def check_name(name: str, table: Collection[str]) -> str:
+    """For a config's validators: the name itself, where it is in the table or of the form MODULE:NAME.
+
+    Raises ValueError with the names there are.
+    """
+    if name in table or is_own(name):
+        return name
+    raise ValueError(f"must be one of {', '.join(table)}, or your own as MODULE:NAME")
+
+
+def load_part(key: str, name: str, table: Mapping[str, str]) -> Any:
+    """What `name` stands for, imported. Raises ConfigError naming the config's `key` where it cannot be."""
+    check_name(name, table)
+    module, _, attribute = table.get(name, name).partition(":")
+    try:
+        imported = importlib.import_module(module)
+    except ImportError as error:
+        raise ConfigError(
+            f"{key}: {name}: cannot import {module} ({error}); it must be installed or lie on PYTHONPATH"
+        ) from error
+    if not hasattr(imported, attribute):
+        raise ConfigError(f"{key}: {name}: {imported.__file__} has no {attribute}")
+    return getattr(imported, attribute)
+
+
+def build_part(
+    key: str,
+    name: str,
+    table: Mapping[str, str],
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
+    options_key: str | None = None,
+) -> Any:
+    """Calls what `name` stands for with `arguments` and, by keyword, with the options that the config gives it.
+
+    `options_key` is the config's key of the options, `KEY_options` where it is not given. Raises ConfigError where the
+    part cannot be imported, does not take these options (the message says which it takes) or refuses their values with
+    a ValueError.
+    """
+    maker = load_part(key, name, table)
+    signature = inspect.signature(maker)
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        taken = list(signature.parameters)[len(arguments) :]
+        raise ConfigError(
+            f"{options_key or key + '_options'}: {dict(options)}: {error}; {name} takes "
+            f"{', '.join(taken) or 'no options'}"
+        ) from None
+    try:
+        return maker(*arguments, **options)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {name}: {error}") from error
