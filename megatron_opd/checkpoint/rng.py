@@ -15,7 +15,7 @@ def rng_state() -> dict[str, Any]:
     """Python's, numpy's, torch's and, on a GPU, CUDA's and Megatron-Core's generators."""
     name, keys, *rest = np.random.get_state()
     version, internal, gauss = random.getstate()
-    state = {
+    state: dict[str, Any] = {
         "python": [version, list(internal), gauss],
         "numpy": [name, _text(torch.from_numpy(np.asarray(keys).view(np.uint8).copy())), *rest],
         "torch": _text(torch.get_rng_state()),

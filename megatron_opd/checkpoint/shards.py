@@ -8,7 +8,7 @@ into rectangles, so its checkpoints load at every layout too, with or without a 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -139,7 +139,7 @@ def _flat_entries(kind: str, parameter: Parameter, flat: Tensor, start: int, stu
     outline = torch.empty(parameter.shape, dtype=flat.dtype, device="meta")
     key = f"{kind}/{checkpoint_key(parameter, student.bridge)}"
     for part, offsets, whole in shard_parts(parameter, outline, group.rank(), group.size(), student.bridge):
-        first = part.storage_offset()  # each part is a run of whole rows
+        first = int(part.storage_offset())  # each part is a run of whole rows
         low, high = max(start, first), min(stop, first + part.numel())
         for row, column, shape in _rectangles(low - first, high - first, part.shape):
             begin = first + row * (part[0].numel() if part.dim() > 1 else 1) + column - start
@@ -159,7 +159,7 @@ def _flat_entries(kind: str, parameter: Parameter, flat: Tensor, start: int, stu
     return entries
 
 
-def _rectangles(low: int, high: int, shape: torch.Size) -> Iterator[tuple[int, int, tuple[int, ...]]]:
+def _rectangles(low: int, high: int, shape: Sequence[int]) -> Iterator[tuple[int, int, tuple[int, ...]]]:
     """Elements low..high of a row-major [rows, width] (or [rows]) as (row, column, shape) of at most three blocks."""
     if high <= low:
         return

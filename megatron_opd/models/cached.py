@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -97,7 +98,9 @@ class CachedForward:
     def _padding(self, tokens: Tensor) -> int:
         return -tokens.numel() % token_block(self.model.config)
 
-    def _select(self, module, args, kwargs):
+    def _select(
+        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         """Before the output layer: only the hidden states whose logits are wanted."""
         if self._rows is None:
             return None

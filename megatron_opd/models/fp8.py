@@ -126,9 +126,9 @@ def fuse_gradient_accumulation(chunks: Iterable[torch.nn.Module]) -> None:
     for chunk in chunks:
         for module in chunk.modules():
             if hasattr(module, "fuse_wgrad_accumulation"):
-                module.fuse_wgrad_accumulation = True
+                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
             elif apex and hasattr(module, "gradient_accumulation_fusion"):
-                module.gradient_accumulation_fusion = True
+                module.gradient_accumulation_fusion = True  # type: ignore[assignment]
 
 
 @torch.enable_grad()

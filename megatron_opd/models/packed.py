@@ -164,11 +164,20 @@ class PackedRotary(torch.nn.Module):
         super().__init__()
         self.rotary = rotary
 
-    def get_rotary_seq_len(self, context, transformer, transformer_input, config, packed_seq_params=None):
+    def get_rotary_seq_len(
+        self,
+        context: object,
+        transformer: torch.nn.Module,
+        transformer_input: Tensor,
+        config: TransformerConfig,
+        packed_seq_params: PackedSeqParams | None = None,
+    ) -> PackedRow:
         assert isinstance(packed_seq_params, PackedRow), "models run on packed rows"
         return packed_seq_params
 
-    def forward(self, row: PackedRow, packed_seq: bool = False, cp_group=None) -> Tensor:
+    def forward(
+        self, row: PackedRow, packed_seq: bool = False, cp_group: torch.distributed.ProcessGroup | None = None
+    ) -> Tensor:
         """[T / cp, 1, 1, head dim] for rows that our core reads, [longest, 1, 1, head dim] for THD rows: of those
         Megatron-Core takes each sequence's two chunks itself (`_apply_rotary_pos_emb_thd`)."""
         if packed_seq:

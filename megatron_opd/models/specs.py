@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import importlib.util
 from importlib.metadata import PackageNotFoundError, distribution
+from typing import Any
 
 import torch
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
+from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor
 
 from megatron_opd.compat.transformer_engine import import_transformer_engine
 from megatron_opd.compat.versions import VersionError
@@ -98,7 +101,7 @@ def _with_cache(core: type | ModuleSpec) -> type:
     base = core.module if isinstance(core, ModuleSpec) else core
 
     class CoreAttention(base):  # type: ignore[valid-type,misc]
-        def __init__(self, *args, **kwargs) -> None:
+        def __init__(self, *args: Any, **kwargs: Any) -> None:
             super().__init__(*args, **kwargs)
             config = kwargs.get("config") or args[0]
             number = kwargs.get("layer_number") or args[1]
@@ -106,7 +109,16 @@ def _with_cache(core: type | ModuleSpec) -> type:
             # Not a submodule: it has no parameters, and checkpoints must not know it.
             self.__dict__["cached"] = PackedAttention(config, number, None, "self", softmax_scale=scale)
 
-        def forward(self, query, key, value, attention_mask, *args, packed_seq_params=None, **kwargs):
+        def forward(
+            self,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            attention_mask: Tensor | None,
+            *args: Any,
+            packed_seq_params: PackedSeqParams | None = None,
+            **kwargs: Any,
+        ) -> Tensor:
             if isinstance(packed_seq_params, PackedRow) and packed_seq_params.qkv_format == "sbhd":
                 return self.__dict__["cached"](query, key, value, packed_seq_params=packed_seq_params)
             return super().forward(

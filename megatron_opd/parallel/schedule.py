@@ -25,7 +25,13 @@ class PlannedP2P(P2PCommunicator):
         self._forward: Iterator[list[int]] = iter(shapes)
         self._backward: Iterator[list[int]] = iter(shapes)
 
-    def _communicate_shapes(self, tensor_send_next, tensor_send_prev, recv_prev, recv_next):
+    def _communicate_shapes(
+        self,
+        tensor_send_next: torch.Tensor | None,
+        tensor_send_prev: torch.Tensor | None,
+        recv_prev: bool,
+        recv_next: bool,
+    ) -> tuple[list[int], list[int]]:
         none = [0, 0, 0]
         return next(self._forward) if recv_prev else none, next(self._backward) if recv_next else none
 

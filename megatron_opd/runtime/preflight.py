@@ -130,9 +130,9 @@ def gpu_problems(count: int) -> list[str]:
         if done.returncode:
             problems.append(f"nvidia-smi fails: {(done.stderr or done.stdout).strip().splitlines()[:1]}")
         for line in done.stdout.splitlines():
-            index, _, errors = line.partition(",")
+            gpu, _, errors = line.partition(",")
             if errors.strip().isdigit() and int(errors) > 0:
-                problems.append(f"GPU {index}: {int(errors)} uncorrected memory errors since it was reset")
+                problems.append(f"GPU {gpu}: {int(errors)} uncorrected memory errors since it was reset")
     for index in range(count):
         try:
             left = torch.full((1024, 1024), 2.0, device=f"cuda:{index}")
@@ -238,7 +238,7 @@ def pair_bandwidths(store: Any, options: argparse.Namespace, gpus: int) -> dict[
 def cpu_bandwidth(store: Any, place: int, megabytes: int = 16) -> float:
     """Gloo all-reduce of two nodes in GB/s: 2 (n - 1) / n times the bytes over the time, n = 2."""
     group = dist.ProcessGroupGloo(store, place, 2, timedelta(seconds=60))
-    return timed(megabytes << 20, lambda tensor: group.allreduce([tensor]).wait(), torch.device("cpu"))
+    return timed(megabytes << 20, lambda tensor: group.allreduce([tensor]).wait(), torch.device("cpu"))  # type: ignore[attr-defined]
 
 
 def timed(size: int, reduce: Any, device: torch.device, ranks: int = 2) -> float:

@@ -79,7 +79,9 @@ class SegmentScorer:
         return batches
 
     def _run(self, segments: list[Segment]) -> list[tuple[int, Fields]]:
-        fed, lengths, wanted, at = [], [], [], 0
+        fed: list[int] = []
+        wanted: list[int] = []
+        lengths, at = [], 0
         for s in segments:
             before = s.request.prompt.tokens if s.start == 0 else [self._last[s.request.index]]
             tokens = [*before, *s.tokens[:-1].tolist()]

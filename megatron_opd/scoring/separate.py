@@ -66,7 +66,9 @@ def read_rollouts(
     if any(mine) or layout.parallel.expert > 1:
         rows = [model.row([lengths[i] for i in batch] or [1]) for batch in mine]
 
-        def forward_step(iterator: Iterator[int], chunk: torch.nn.Module):
+        def forward_step(
+            iterator: Iterator[int], chunk: torch.nn.Module
+        ) -> tuple[torch.Tensor, Callable[..., list[Fields]]]:
             number = next(iterator)
             members = [rollouts[i] for i in mine[number]]
             row, tokens = rows[number]

@@ -80,7 +80,7 @@ class HFTensors:
             return info.loaded[first:last].clone()
         out = torch.empty((last - first, *info.shape[1:]), dtype=DTYPES[info.dtype])
         row_bytes = math.prod(info.shape[1:]) * out.element_size()
-        buffer = memoryview(out.view(torch.uint8).numpy().reshape(-1)) if out.numel() else memoryview(b"")
+        buffer = out.view(torch.uint8).numpy().reshape(-1).data if out.numel() else memoryview(b"")
         if info.file not in self._open:
             self._open[info.file] = open(info.file, "rb", buffering=0)
         file, done = self._open[info.file], 0
@@ -231,7 +231,7 @@ class SafetensorsWriter:
         if tuple(tensor.shape) != shape:
             raise ModelFileError(f"{name}: shape {tuple(tensor.shape)}, planned {shape}")
         data = tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy()
-        self._put(self._files[shard], memoryview(data.reshape(-1)), self._data_start[shard] + offset)
+        self._put(self._files[shard], data.reshape(-1).data, self._data_start[shard] + offset)
         self._left.discard(name)
 
     def finish(self) -> None:
