@@ -7,7 +7,7 @@ VENV ?= $(if $(filter $(PYTHON_VERSION),$(call version_of,python3)),.venv,.venv-
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install install-test install-gpu demo test locks locks-check audit lint test-slurm test-gpu clean
+.PHONY: help install install-test install-gpu demo test test-quick locks locks-check audit lint test-slurm test-gpu clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -69,12 +69,17 @@ audit: install-test ## pip-audit over the lock files; needs an index that answer
 demo: install ## the embedded example end to end: table and report.html
 	$(BIN)/python examples/tiny/demo.py
 
-test: install-test lint ## the test suite; PYTHON=... for another version of Python
+test: install-test lint ## the test suite, under 25 minutes on two cores; PYTHON=... for another version of Python
 	$(BIN)/python -m pytest tests -m 'not gpu and not slurm'
 
-lint: install-test ## ruff, and mypy over config/, prune/ and losses/
+test-quick: install-test ## what to run while editing, under three minutes: no engines, servers or whole runs
+	$(BIN)/python -m pytest tests -m 'not gpu and not slurm and not slow'
+
+# mypy's errors depend on the libraries it reads; the record of tests/test_types.py is that of Python 3.11's
+lint: install-test ## ruff, and mypy over the package
+	$(BIN)/ruff format --check megatron_opd tools tests examples setup.py
 	$(BIN)/ruff check megatron_opd tools tests examples setup.py
-	$(BIN)/mypy megatron_opd/config megatron_opd/prune megatron_opd/losses
+	if [ "$(PYTHON_VERSION)" = 3.11 ]; then $(BIN)/mypy; else $(BIN)/mypy megatron_opd/config megatron_opd/prune megatron_opd/losses; fi
 
 # Two nodes and a spare one in network namespaces; where there are no rights for that, one line says so
 test-slurm: install-test ## job scripts on a real Slurm in network namespaces (root): preemption, dead nodes, full disks

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from megatron_opd.compat.cpu_platform import apply_cpu_platform
 from megatron_opd.config import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_opd.models.build import Model, build_model
 from megatron_opd.parallel.groups import student_layout, teacher_layout
+from tests.distributed import destroy_groups
 
 CPU = torch.device("cpu")
 
@@ -53,16 +53,6 @@ def parallel_student(layout: str):
     # Not after an error: the other ranks wait in some other collective, and the error must get out.
     parallel_state.destroy_model_parallel()
     destroy_groups()
-
-
-def destroy_groups() -> None:
-    """Ends every process group but the default one: each has a gloo thread that wakes up a hundred times a second."""
-    dist.barrier()
-    gc.collect()
-    for group in list(dist.distributed_c10d._world.pg_map):
-        if group is not dist.group.WORLD:
-            dist.destroy_process_group(group)
-    gc.collect()
 
 
 def teacher_model(directory: str | Path, layout: str, **extra) -> Model:

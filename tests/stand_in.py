@@ -15,18 +15,27 @@ from typing import Any
 from tests.distributed import run_distributed
 
 STAND_IN = Path(__file__).with_name("te_stand_in")
+_in_place = False
 
 
-def with_stand_in(world_size: int, work: Callable[..., Any], *args: Any, timeout: float = 300) -> list[Any]:
+def with_stand_in(world_size: int, work: Callable[..., Any], *args: Any) -> list[Any]:
     """Calls `work(rank, world_size, *args)` in `world_size` processes; returns what each returned."""
     sys.path.insert(0, str(STAND_IN))  # new processes inherit it
     try:
-        return run_distributed(world_size, _work, work, args, timeout=timeout, start="spawn")
+        return run_distributed(world_size, _work, work, args, start="spawn")
     finally:
         sys.path.remove(str(STAND_IN))
 
 
 def _work(rank: int, world_size: int, work: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    if not _in_place:
+        _put_in_place()
+    return work(rank, world_size, *args)
+
+
+def _put_in_place() -> None:
+    """Once per process: every module that asks which build to make hears what the config says."""
+    global _in_place
     import megatron.core  # its modules import each other: first the whole
     from megatron.core.extensions.transformer_engine import HAVE_TE
 
@@ -43,4 +52,4 @@ def _work(rank: int, world_size: int, work: Callable[..., Any], args: tuple[Any,
     overrides = build._config_overrides
     # as on a GPU: layers are made on the current device
     build._config_overrides = lambda *values: overrides(*values) | {"use_cpu_initialization": False}
-    return work(rank, world_size, *args)
+    _in_place = True

@@ -25,8 +25,9 @@ import torch
 import yaml
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from tests.distributed import LIMIT_S
+
 REPOSITORY = Path(__file__).parents[1]
-LIMIT_S = 240
 CONFIG: dict[str, Any] = {
     "run_dir": "run",
     "device": "cpu",
@@ -44,7 +45,7 @@ CONFIG: dict[str, Any] = {
         "lr": 1.0e-3,
         "warmup_steps": 2,
         "tokens_per_microbatch": 64,
-        "watchdog_s": 120,
+        "watchdog_s": 900,
     },
     "data": {"prompts": "prompts.jsonl", "template": "none"},
     "checkpoint": {"every": 2},

@@ -38,7 +38,7 @@ FOUR_RANKS = [
 def runs(tmp_path_factory: pytest.TempPathFactory) -> TinyRun:
     """The reference and all branches on two ranks."""
     run = TinyRun(tmp_path_factory.mktemp("layouts"), checkpoint={"every": 2, "keep_last": 9})
-    _all_finish(run_distributed(2, run_cases, run.folder, [Case("run", ("train.steps=6",)), *TWO_RANKS], timeout=600))
+    _all_finish(run_distributed(2, run_cases, run.folder, [Case("run", ("train.steps=6",)), *TWO_RANKS]))
     return run
 
 
@@ -75,9 +75,7 @@ def test_other_numbers_of_ranks(runs: TinyRun, world: int) -> None:
     # A checkpoint is also a model directory: another run starts from it.
     checkpoint = runs.run_dir / "checkpoints/step_000006"
     new = Case("new", (f"student.model={checkpoint}", "train.steps=3", *ONE_RANK[0].overrides[1:]))
-    _all_finish(
-        run_distributed(world, run_cases, runs.folder, [*branches, new] if world == 1 else branches, timeout=600)
-    )
+    _all_finish(run_distributed(world, run_cases, runs.folder, [*branches, new] if world == 1 else branches))
     for branch in branches:
         difference = largest_difference(runs, branch)
         assert difference < 1e-4, f"{branch.name} differs by {difference}"

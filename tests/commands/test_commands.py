@@ -12,6 +12,8 @@ import sentencepiece
 import torch
 from transformers import AutoModelForCausalLM
 
+from tests.distributed import LIMIT_S
+
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLE = ROOT / "examples" / "tiny"
 PROMPTS = 6
@@ -19,7 +21,7 @@ PROMPTS = 6
 
 def run(*command: str) -> subprocess.CompletedProcess:
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=900)
+    return subprocess.run([sys.executable, *command], capture_output=True, text=True, env=environment, timeout=LIMIT_S)
 
 
 def greedy(directory: Path, prompts: list[str], tokens: int) -> list[str]:

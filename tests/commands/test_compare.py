@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from tests.distributed import LIMIT_S
 from tests.tiny_run import TinyRun, child_environment
 
 RUNS = {"plain": ("prune.preset=off",), "pruned": ("prune.preset=paper", "train.lr=2e-3")}
@@ -18,7 +19,7 @@ def tiny(tmp_path_factory):
 def _compare(tiny, *arguments):
     command = [sys.executable, "-m", "megatron_opd.cli", "compare", str(tiny.config), "--nproc", "2", *arguments]
     environment = child_environment()
-    return subprocess.run(command, cwd=tiny.folder, env=environment, capture_output=True, text=True, timeout=240)
+    return subprocess.run(command, cwd=tiny.folder, env=environment, capture_output=True, text=True, timeout=LIMIT_S)
 
 
 def test_runs_in_turns_are_those_of_train(tiny):

@@ -13,7 +13,7 @@ import torch
 
 from megatron_opd.commands.precision_shift import compare
 from megatron_opd.config import load_config
-from tests.distributed import run_distributed
+from tests.distributed import LIMIT_S, run_distributed
 from tests.stand_in import with_stand_in
 from tests.tiny_run import TinyRun, child_environment
 
@@ -133,6 +133,6 @@ def test_without_fp8_it_says_why(run):
         "student.parallel={}",
         "teacher.parallel={}",
     ]
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 2, done.stdout + done.stderr
     assert "student.fp8: hybrid needs a GPU with FP8 and Transformer Engine; set fp8: null" in done.stderr

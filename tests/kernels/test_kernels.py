@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from megatron_opd.kernels import kernel_backend, set_kernels, shard_stats
+from tests.distributed import LIMIT_S
 from tests.kernels import checks
 from tests.kernels.checks import Case
 
@@ -31,7 +32,7 @@ def interpreted(tmp_path_factory):
         env={**os.environ, "TRITON_INTERPRET": "1"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=LIMIT_S,
     )
     assert run.returncode == 0, run.stderr
     return json.loads(out.read_text())

@@ -128,7 +128,7 @@ def everything(rank: int, world: int, directories, references):
 @pytest.fixture(scope="module")
 def results(directories):
     references = {family: reference_logits(directory) for family, directory in directories.items()}
-    return run_distributed(4, everything, directories, references, timeout=400)
+    return run_distributed(4, everything, directories, references)
 
 
 def test_logits_equal_transformers_in_every_layout(results):

@@ -204,7 +204,7 @@ def results(tmp_path_factory):
     logits = {name: reference_logits(directory) for name, directory in directories.items()}
     settings = reference_step.Settings(k=K, steps=0)
     known = reference_step.run(directories["student"], directories["teacher"], scored_answers(), settings)
-    return run_distributed(4, everything, directories, logits, known, timeout=400), known
+    return run_distributed(4, everything, directories, logits, known), known
 
 
 def test_logits_of_every_token_equal_the_unsharded_model(results):

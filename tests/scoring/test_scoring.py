@@ -199,7 +199,7 @@ def known(directories):
 
 @pytest.fixture(scope="module")
 def results(directories, known):
-    return run_distributed(4, everything, directories, known, timeout=500)
+    return run_distributed(4, everything, directories, known)
 
 
 @pytest.mark.parametrize("way", ["separate", "segments"])

@@ -101,7 +101,7 @@ def test_killed_ranks(cluster: Cluster, tiny: Tiny, run_dir: Path) -> None:
 
 def test_lost_link(cluster: Cluster, tiny: Tiny, run_dir: Path) -> None:
     """A node's link goes down for good in the middle of a step: stacks are written, another node takes over."""
-    job = cluster.submit(run_dir, tiny.config, ALL, "train.watchdog_s=8", EXIT_GRACE_S="5")
+    job = cluster.submit(run_dir, tiny.config, ALL, "train.watchdog_s=60", EXIT_GRACE_S="5")
     job.wait_for_step(3)
     first_nodes = job.nodes()
     cluster.link(2, "down")

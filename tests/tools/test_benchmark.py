@@ -8,6 +8,7 @@ import sys
 
 import pytest
 
+from tests.distributed import LIMIT_S
 from tests.tiny_run import REPOSITORY, TinyRun, child_environment
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
@@ -26,7 +27,7 @@ def benchmark(folder, *arguments):
         env=child_environment(),
         capture_output=True,
         text=True,
-        timeout=240,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(report.read_text())

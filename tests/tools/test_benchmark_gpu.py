@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.distributed import run_distributed
+from tests.distributed import LIMIT_S, run_distributed
 from tests.tiny_run import REPOSITORY, child_environment
 
 TOOLS = str(REPOSITORY / "tools")
@@ -37,7 +37,7 @@ def parts(rank: int, world: int, folder: Path, names: tuple[str, ...]) -> dict[s
 @pytest.fixture(scope="module")
 def entries(tmp_path_factory) -> dict[str, list[dict]]:
     folder = tmp_path_factory.mktemp("gpu")
-    return run_distributed(1, parts, folder, ("kernels", "memory", "train", "score", "steps", "fp8"), timeout=300)[0]
+    return run_distributed(1, parts, folder, ("kernels", "memory", "train", "score", "steps", "fp8"), fresh=True)[0]
 
 
 def plain(found: list[dict]) -> list[dict]:
@@ -118,10 +118,10 @@ def test_a_part_that_is_stopped_keeps_the_file_whole(tmp_path):
         env=child_environment(),
         capture_output=True,
         text=True,
-        timeout=200,
+        timeout=LIMIT_S,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     results = json.loads(report.read_text())["results"]
     assert results["score"] == {"entries": [1]} and results["kernels"]["status"] == "finished"
-    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=200)
+    done = subprocess.run(command, env=child_environment(), capture_output=True, text=True, timeout=LIMIT_S)
     assert done.returncode == 1 and "finds no GPU and nothing can be measured" in done.stderr

@@ -16,6 +16,7 @@ import sentencepiece
 import torch
 from safetensors.torch import load_file, save_file
 
+from tests.distributed import LIMIT_S
 from tests.models.tiny_families import VOCAB, make
 
 TOOLS = Path(__file__).resolve().parents[2] / "tools"
@@ -175,7 +176,7 @@ def test_verify_finds_one_changed_value(copy, converted, capsys):
 
 def test_two_processes_convert_and_fail_together(hf, copy, tmp_path):
     """--tp 2 starts its processes; a file that only breaks while it is read ends both with one message."""
-    run = {"capture_output": True, "text": True, "timeout": 300, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
+    run = {"capture_output": True, "text": True, "timeout": LIMIT_S, "env": {**os.environ, "OMP_NUM_THREADS": "1"}}
     command = [sys.executable, str(TOOLS / "convert.py"), "import", "--tp", "2", "--out"]
     good = subprocess.run([*command, str(tmp_path / "good"), "--hf", str(hf)], **run)
     assert good.returncode == 0, good.stderr

@@ -59,7 +59,7 @@ def steps(tmp_path_factory):
         if key not in done:
             done[key] = run(directories[case.model], directories["teacher"], answers(case.answers), case.settings)
         references[name] = done[key]
-    return run_distributed(4, all_cases, references, directories, timeout=400), references
+    return run_distributed(4, all_cases, references, directories), references
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -113,7 +113,7 @@ RUNS = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory) -> TinyRun:
     made = TinyRun(tmp_path_factory.mktemp("runs"), checkpoint={"every": 2, "keep_last": 9})
-    outcomes = run_distributed(2, run_cases, made.folder, [case for case, _ in RUNS], timeout=400)
+    outcomes = run_distributed(2, run_cases, made.folder, [case for case, _ in RUNS])
     assert [outcome.error for outcome in outcomes[0]] == [""] * len(RUNS)
     return made
 

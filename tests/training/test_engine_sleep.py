@@ -50,7 +50,7 @@ def train(rank: int, world: int, folder: Path) -> Any:
 
 def test_the_engine_is_awake_whenever_it_is_used(tmp_path):
     run = TinyRun(tmp_path, train={"steps": 2, "warmup_steps": 0}, checkpoint={"every": 0})
-    outcomes, done = run_distributed(1, train, run.folder)[0]
+    outcomes, done = run_distributed(1, train, run.folder, fresh=True)[0]
     assert [outcome.error for outcome in outcomes] == ["", ""]
     each = ["wake", "update", "generate", *2 * ["wake", "generate", "sleep", "wake", "update", "generate"]]
     assert done == 2 * each

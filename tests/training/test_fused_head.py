@@ -93,7 +93,7 @@ def references(directories):
 
 @pytest.fixture(scope="module")
 def results(references, directories):
-    return run_distributed(4, steps, references, directories, timeout=300)
+    return run_distributed(4, steps, references, directories, fresh=True)
 
 
 @pytest.mark.parametrize("name", CASES)

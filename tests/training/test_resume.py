@@ -116,7 +116,7 @@ class Finished:
 
     def __init__(self, run: TinyRun) -> None:
         self.run = run
-        by_rank = run_distributed(2, run_cases, run.folder, CASES, timeout=600)
+        by_rank = run_distributed(2, run_cases, run.folder, CASES, fresh=True)
         self.outcomes: dict[str, list[Outcome]] = {}
         for number, case in enumerate(CASES):
             first, second = (outcomes[number] for outcomes in by_rank)

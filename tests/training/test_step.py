@@ -191,7 +191,7 @@ def references(directories):
 
 @pytest.fixture(scope="module")
 def results(references, directories):
-    return run_distributed(4, all_cases, references, directories, timeout=500)
+    return run_distributed(4, all_cases, references, directories)
 
 
 @pytest.mark.parametrize("name", CASES)

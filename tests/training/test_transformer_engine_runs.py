@@ -22,7 +22,7 @@ def test_runs_move_between_the_builds_and_train_in_fp8(tmp_path):
         Case("fp8_recomputed", (*FP8, "student.recompute=full", "prune.preset=in_flight")),
         Case("delayed", (*FP8, "student.fp8_recipe=delayed")),
     ]
-    for outcome in with_stand_in(2, run_cases, run.folder, cases, timeout=400)[0]:
+    for outcome in with_stand_in(2, run_cases, run.folder, cases)[0]:
         assert not outcome.error, outcome.error
     local = run.metrics(run.folder / "local")
     for name, first, last in (("te", 0, 4), ("local_after_te", 2, 4), ("te_after_local", 4, 6)):

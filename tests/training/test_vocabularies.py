@@ -46,7 +46,7 @@ def finished(tmp_path_factory) -> tuple[TinyRun, dict[str, Outcome]]:
     resized(run.folder / "teacher", run.folder / "wide_teacher", 13)
     resized(run.folder / "student", run.folder / "wide_student", 13)
     resized(run.folder / "teacher", run.folder / "narrow", -20)
-    outcomes = run_distributed(2, run_cases, run.folder, CASES, timeout=300)[0]
+    outcomes = run_distributed(2, run_cases, run.folder, CASES)[0]
     return run, {case.name: outcome for case, outcome in zip(CASES, outcomes)}
 
 

@@ -115,4 +115,4 @@ def two_ranks(rank: int, world_size: int, root: Path) -> None:
 @pytest.mark.parametrize("world_size", [1, 4, 6, 2])
 def test_every_family_goes_through_every_layout_unchanged(root, world_size):
     work = two_ranks if world_size == 2 else one_rank
-    run_distributed(world_size, work, root, timeout=400)
+    run_distributed(world_size, work, root)

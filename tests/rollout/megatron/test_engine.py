@@ -118,7 +118,7 @@ def directory(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def results(directory):
-    return run_distributed(4, generate, directory, timeout=400)
+    return run_distributed(4, generate, directory)
 
 
 @pytest.fixture(scope="module")

@@ -107,7 +107,7 @@ def paths(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(paths):
-    return run_distributed(1, one_rank, paths, timeout=300)[0]
+    return run_distributed(1, one_rank, paths, fresh=True)[0]
 
 
 def test_logprobs_agree_with_transformers_before_and_after_a_handover(single):
@@ -222,7 +222,7 @@ def two_ranks(rank, world_size, paths):
 
 @pytest.fixture(scope="module")
 def pair(paths):
-    return run_distributed(2, two_ranks, paths, timeout=400)
+    return run_distributed(2, two_ranks, paths, fresh=True)
 
 
 @pytest.mark.parametrize("layout", ["data", "tensor"])

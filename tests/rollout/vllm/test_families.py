@@ -112,7 +112,7 @@ def root(tmp_path_factory) -> Path:
 
 @pytest.mark.parametrize("tensor", [1, 2])
 def test_engine_agrees_with_transformers_after_every_handover(root, tensor):
-    for found in run_distributed(tensor, gaps, root, timeout=400):
+    for found in run_distributed(tensor, gaps, root, fresh=True):
         assert set(found) == set(FAMILIES)
         for family, (*after, between) in found.items():
             assert max(after) < TOLERANCE, (family, after)

@@ -1,0 +1,54 @@
+"""What holds for the whole suite: which tests are slow, and what is shared until its end."""
+
+from __future__ import annotations
+
+import gc
+from pathlib import Path
+
+import pytest
+
+from tests import distributed
+
+TESTS = Path(__file__).parent
+# Whole runs, engines, servers and every layout of every family: `make test-quick` leaves them out. A module or folder a
+# line; a single slow test of a quick module has the mark itself.
+SLOW = (
+    "checkpoint/test_resume_layouts.py",
+    "commands",
+    "extending",
+    "models",
+    "parallel/test_context.py",
+    "rollout/megatron/test_engine.py",
+    "rollout/vllm/test_colocate.py",
+    "rollout/vllm/test_families.py",
+    "rollout/vllm/test_server.py",
+    "tools",
+    "training/test_context_step.py",
+    "training/test_engine_sleep.py",
+    "training/test_fused_head.py",
+    "training/test_long_answer.py",
+    "training/test_resume.py",
+    "training/test_resume_processes.py",
+    "training/test_step.py",
+    "training/test_transformer_engine_runs.py",
+    "weights/test_weights.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    missing = [path for path in SLOW if not (TESTS / path).exists()]
+    if missing:
+        raise pytest.UsageError(f"tests/conftest.py: SLOW names {missing}, which are not there")
+    for item in items:
+        path = item.path.relative_to(TESTS).as_posix()
+        if path.startswith(SLOW):
+            item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    gc.collect()
+    gc.freeze()  # a million objects of imported libraries, which every later collection would go through
+
+
+def pytest_sessionfinish() -> None:
+    distributed.close()
