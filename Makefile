@@ -70,7 +70,7 @@ demo: install ## the embedded example end to end: table and report.html
 	$(BIN)/python examples/tiny/demo.py
 
 test: install-test lint ## the test suite, under 25 minutes on two cores; PYTHON=... for another version of Python
-	$(BIN)/python -m pytest tests -m 'not gpu and not slurm'
+	$(BIN)/python -m pytest tests -m 'not gpu and not slurm' --durations=25
 
 test-quick: install-test ## what to run while editing, under three minutes: no engines, servers or whole runs
 	$(BIN)/python -m pytest tests -m 'not gpu and not slurm and not slow'
