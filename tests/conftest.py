@@ -52,3 +52,4 @@ def pytest_collection_finish() -> None:
 
 def pytest_sessionfinish() -> None:
     distributed.close()
+    gc.unfreeze()  # else the interpreter's end takes libraries' objects for leaks

@@ -1,6 +1,6 @@
 """Writes the table of the slowest tests into tests/README.md, from the output of a whole run.
 
-    make test 2>&1 | tee /tmp/full.log;  python -m tests.slowest /tmp/full.log "two cores, nothing else running"
+make test 2>&1 | tee /tmp/full.log;  python -m tests.slowest /tmp/full.log "two cores, nothing else running"
 """
 
 from __future__ import annotations

@@ -146,6 +146,7 @@ def recipes(rank: int, world: int, root: Path) -> None:
             found = difference(megatron_logits(model, TOKENS), wanted).relative
             assert State.entered == [name] * (4 - 2 * ends), recipe  # one layer at each end stays in bf16
             assert exact < found < 0.25, (recipe, ends, found)
+    State.scales.clear()
     with student_model(directory, "pp2", **HYBRID, fp8_recipe="delayed", implementation="transformer_engine") as model:
         scales = [s.scale for s in State.scales]
         assert len(scales) == 4 * 2 * 2 and 1.0 not in scales  # learned, of inputs and weights, before the first pass
