@@ -10,10 +10,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
@@ -34,7 +34,7 @@ def weight_entries(student: Model) -> Entries:
     return _spread(sharded_entries(parameters, student.bridge, groups, loading=False), groups)
 
 
-def optimizer_entries(student: Model, optimizer: Any, loading: bool) -> Entries:
+def optimizer_entries(student: Model, optimizer: MegatronOptimizer, loading: bool) -> Entries:
     """The optimizer's tensors; when loading, those to fill. They are made where the optimizer has not run yet."""
     groups, bridge = student.layout.groups, student.bridge
     described = local_parameters(student.chunks, bridge, groups)
@@ -58,13 +58,13 @@ def optimizer_entries(student: Model, optimizer: Any, loading: bool) -> Entries:
     return flat | (entries if loading else _spread(entries, groups))
 
 
-def base_optimizers(optimizer: Any) -> list[Any]:
+def base_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Megatron-Core's optimizers inside a chained one (dense parameters, experts) that hold parameters here."""
     holders = getattr(optimizer, "chained_optimizers", [optimizer])
     return [holder for holder in holders if holder.optimizer is not None]
 
 
-def get_adam_step(optimizer: Any) -> int:
+def get_adam_step(optimizer: MegatronOptimizer) -> int:
     """Updates that Adam has made; it corrects its moments' bias by this number."""
     for holder in base_optimizers(optimizer):
         for group in holder.optimizer.param_groups:
@@ -76,7 +76,7 @@ def get_adam_step(optimizer: Any) -> int:
     return 0
 
 
-def set_adam_step(optimizer: Any, step: int) -> None:
+def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
     for holder in base_optimizers(optimizer):
         counts_per_parameter = isinstance(holder.optimizer, torch.optim.Adam)
         for group in holder.optimizer.param_groups:
@@ -96,7 +96,7 @@ class _Slot:
     start: int | None  # where the flat range starts in the local parameter; None: they have its shape
 
 
-def _find(holders: list[Any], parameter: Tensor) -> _Slot:
+def _find(holders: list[MegatronOptimizer], parameter: Tensor) -> _Slot:
     for holder in holders:
         places = getattr(holder, "model_param_group_index_map", None)  # of a distributed optimizer
         start = None

@@ -13,10 +13,11 @@ Read from the sources of Transformer Engine 2.9 to 2.11 and Megatron-Core 0.16.1
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
+from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
 from megatron_opd.config import ConfigError, ModelConfig
@@ -31,7 +32,7 @@ WIDTH_BLOCK = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
 _LEARNING_TOKENS = 1024
 
 
-def token_block(config: Any) -> int:
+def token_block(config: TransformerConfig) -> int:
     """Rows of this model hold a multiple of so many tokens per tensor rank; 1 without FP8."""
     return TOKEN_BLOCK[str(config.fp8_recipe)] if config.fp8 else 1
 
@@ -142,7 +143,7 @@ def learn_scales(model: Model) -> None:
     generator = torch.Generator().manual_seed(0)
     ids = torch.randint(model.vocab_size, (1, tokens), generator=generator).to(model.device)
 
-    def forward_step(iterator: Any, chunk: torch.nn.Module) -> tuple[Tensor, Any]:
+    def forward_step(iterator: Iterator[int], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         next(iterator)
         out = chunk(ids, None, None, packed_seq_params=row)
         return out, lambda output, non_loss_data: None

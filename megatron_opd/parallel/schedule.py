@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
+from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.parallel.groups import Layout
 
@@ -20,7 +21,9 @@ class PlannedP2P(P2PCommunicator):
     """Pipeline communication whose shapes come from the plan. For the non-interleaved schedules, in which every stage
     receives micro-batches, and later their gradients, in order."""
 
-    def __init__(self, pp_group: torch.distributed.ProcessGroup, config: Any, shapes: Sequence[list[int]]) -> None:
+    def __init__(
+        self, pp_group: torch.distributed.ProcessGroup, config: TransformerConfig, shapes: Sequence[list[int]]
+    ) -> None:
         super().__init__(pp_group, config)
         self._forward: Iterator[list[int]] = iter(shapes)
         self._backward: Iterator[list[int]] = iter(shapes)
@@ -39,7 +42,7 @@ class PlannedP2P(P2PCommunicator):
 def run_schedule(
     forward_step: Callable[[Iterator[Any], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]],
     chunks: list[torch.nn.Module],
-    config: Any,
+    config: TransformerConfig,
     layout: Layout,
     microbatches: Sequence[Any],
     row_tokens: Sequence[int],

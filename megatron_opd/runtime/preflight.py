@@ -22,6 +22,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from datetime import timedelta
 from functools import partial
@@ -143,7 +144,7 @@ def gpu_problems(count: int) -> list[str]:
     return problems
 
 
-def judge_reports(store: Any, nodes: list[str], wait_s: float) -> tuple[list[str], int]:
+def judge_reports(store: dist.Store, nodes: list[str], wait_s: float) -> tuple[list[str], int]:
     """On the first node: waits for everybody's report; returns all problems, and the GPUs of a node."""
     problems, counts, deadline = [], {}, time.monotonic() + wait_s
     for rank, node in enumerate(nodes):
@@ -165,7 +166,7 @@ def judge_reports(store: Any, nodes: list[str], wait_s: float) -> tuple[list[str
     return problems, most
 
 
-def network_problems(store: Any, options: argparse.Namespace, gpus: int) -> list[str]:
+def network_problems(store: dist.Store, options: argparse.Namespace, gpus: int) -> list[str]:
     """Clocks and bandwidths, measured together; the same list on every node."""
     nodes, rank = options.nodes, options.rank
     if len(nodes) == 1:
@@ -218,7 +219,7 @@ def pairs(count: int) -> list[list[tuple[int, int]]]:
     return [ring[0:even:2], ring[1:even:2], ring[even:]][: 2 + count % 2]
 
 
-def pair_bandwidths(store: Any, options: argparse.Namespace, gpus: int) -> dict[tuple[int, int], float]:
+def pair_bandwidths(store: dist.Store, options: argparse.Namespace, gpus: int) -> dict[tuple[int, int], float]:
     """GB/s of an all-reduce between two nodes, for the pairs of `pairs`; the same on every node. Collective."""
     rates: dict[tuple[int, int], float] = {}
     for number, together in enumerate(pairs(len(options.nodes))):
@@ -235,13 +236,13 @@ def pair_bandwidths(store: Any, options: argparse.Namespace, gpus: int) -> dict[
     return rates
 
 
-def cpu_bandwidth(store: Any, place: int, megabytes: int = 16) -> float:
+def cpu_bandwidth(store: dist.Store, place: int, megabytes: int = 16) -> float:
     """Gloo all-reduce of two nodes in GB/s: 2 (n - 1) / n times the bytes over the time, n = 2."""
     group = dist.ProcessGroupGloo(store, place, 2, timedelta(seconds=60))
     return timed(megabytes << 20, lambda tensor: group.allreduce([tensor]).wait(), torch.device("cpu"))  # type: ignore[attr-defined]
 
 
-def timed(size: int, reduce: Any, device: torch.device, ranks: int = 2) -> float:
+def timed(size: int, reduce: Callable[[torch.Tensor], object], device: torch.device, ranks: int = 2) -> float:
     tensor, best, began = torch.zeros(size // 4, device=device), 0.0, time.perf_counter()
     for _ in range(ROUNDS):
         start = time.perf_counter()
@@ -255,7 +256,7 @@ def timed(size: int, reduce: Any, device: torch.device, ranks: int = 2) -> float
     return best
 
 
-def gpu_bandwidth(options: argparse.Namespace, store: Any, place: int, gpus: int) -> float:
+def gpu_bandwidth(options: argparse.Namespace, store: dist.Store, place: int, gpus: int) -> float:
     """NCCL all-reduce over all GPUs of both nodes, a process each; returns GB/s of the bus."""
     if place == 0:
         with socket.socket() as free:
@@ -322,7 +323,7 @@ def set_interface(address: str) -> None:
                 os.environ.setdefault(variable, name)
 
 
-def finish(store: Any, rank: int, count: int, problems: list[str], fine: str) -> int:
+def finish(store: dist.Store, rank: int, count: int, problems: list[str], fine: str) -> int:
     """Rank 0 speaks, and stays until the others have read everything: it holds the store."""
     code = say(problems if rank == 0 else [], fine if rank == 0 else None)
     try:

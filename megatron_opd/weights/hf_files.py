@@ -10,7 +10,7 @@ import json
 import math
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -118,7 +118,7 @@ class HFTensors:
                 raise ModelFileError(f"tensor {name} is in both {self.tensors[name].file} and {file}")
             self.tensors[name] = info
 
-    def _add_indexed(self, index: Path, load: Any) -> None:
+    def _add_indexed(self, index: Path, load: Callable[[Path], dict[str, TensorInfo]]) -> None:
         try:
             placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
         except (OSError, ValueError, KeyError, TypeError) as error:
