@@ -67,7 +67,10 @@ def check_name(name: str, table: Collection[str]) -> str:
 
 def load_part(key: str, name: str, table: Mapping[str, str]) -> Any:
     """What `name` stands for, imported. Raises ConfigError naming the config's `key` where it cannot be."""
-    check_name(name, table)
+    try:
+        check_name(name, table)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {name} {error}") from None
     module, _, attribute = table.get(name, name).partition(":")
     try:
         imported = importlib.import_module(module)

@@ -17,20 +17,19 @@ def topk_loss_backward_(
     slope: Tensor,
     real_columns: int | None = None,
     *,
-    temperature: float = 1.0,
     out: Tensor | None = None,
     chunk_tokens: int | None = None,
 ) -> Tensor:
     """From the derivatives by log-probs at `ids` to those by the logits; overwrites the logits where `out` is None.
 
-    With z the logits, the gradient of a loss on log p(v) = z_v / temperature - log_z is, for column j of a token,
+    With z the logits, the gradient of a loss on log p(v) = z_v - log_z is, for column j of a token,
 
-        (sum over v of slope(v) [j = v]  -  softmax(z / temperature)_j * sum over v of slope(v)) / temperature
+        sum over v of slope(v) [j = v]  -  softmax(z)_j * sum over v of slope(v)
 
     which for the top-k reverse KL, slope(v) = weight w(v) (log p(v) - log q(v)), is method.md's gradient.
 
     logits [tokens, vocab / tp]: any floating dtype.
-    log_z [tokens]: log of the summed exponentials of logits / temperature over ALL ranks, float32 (float64).
+    log_z [tokens]: log of the summed exponentials over ALL ranks, float32 (float64).
     ids [tokens, n]: local columns; one outside [0, real_columns) is another rank's and counts in the sum alone. An id
     that occurs twice receives both slopes.
     slope [tokens, n]: derivatives of the loss by the log-probs; a row of zeros gives zeros whatever its logits hold.
@@ -48,15 +47,15 @@ def topk_loss_backward_(
     if kernel_backend(logits.device, logits.dtype) == "triton":
         from megatron_opd.kernels import triton_launch
 
-        triton_launch.backward(logits, log_z, ids, slope, real, temperature, grad)
+        triton_launch.backward(logits, log_z, ids, slope, real, grad)
         return grad
-    upstream = slope.to(compute_dtype(logits)) / temperature
+    upstream = slope.to(compute_dtype(logits))
     total = upstream.sum(1, keepdim=True)
     pruned = (upstream == 0).all(1, keepdim=True)  # their logits may hold anything
     owned = (ids >= 0) & (ids < real)
     upstream = torch.where(owned, upstream, 0.0)
     local = torch.where(owned, ids, 0)
-    for rows, chunk in full_precision_chunks(logits[:, :real], log_z.dtype, temperature, chunk_tokens):
+    for rows, chunk in full_precision_chunks(logits[:, :real], log_z.dtype, chunk_tokens):
         chunk.sub_(log_z[rows, None]).exp_().mul_(total[rows].neg())
         chunk.scatter_add_(1, local[rows], upstream[rows])
         grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)

@@ -18,9 +18,9 @@ def compute_dtype(logits: Tensor) -> torch.dtype:
 
 
 def full_precision_chunks(
-    logits: Tensor, dtype: torch.dtype, temperature: float, chunk_tokens: int | None
+    logits: Tensor, dtype: torch.dtype, chunk_tokens: int | None
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Rows of `logits` and their copy in `dtype`, divided by the temperature, chunk after chunk.
+    """Rows of `logits` and their copy in `dtype`, chunk after chunk.
 
     The copy may be overwritten; its memory is used again for the next chunk. `chunk_tokens` None picks a size by the
     width of a row and the device.
@@ -36,5 +36,4 @@ def full_precision_chunks(
     buffer = torch.empty((min(chunk_tokens, tokens), columns), dtype=dtype, device=logits.device)
     for start in range(0, tokens, chunk_tokens):
         rows = slice(start, min(start + chunk_tokens, tokens))
-        chunk = buffer[: rows.stop - start].copy_(logits[rows])
-        yield rows, chunk if temperature == 1.0 else chunk.div_(temperature)
+        yield rows, buffer[: rows.stop - start].copy_(logits[rows])

@@ -2,7 +2,7 @@
 
 The forward computes each chunk's logits, loss and gradients and drops the logits; the backward scales what is stored.
 So the memory is one chunk of logits [chunk, vocab / tp], the gradient of the hidden states, and a float32 sum of the
-weight's gradient, however long the row.
+head's gradient, however long the row.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from torch import Tensor
 from megatron_opd.kernels.backward import topk_loss_backward_
 from megatron_opd.kernels.chunks import compute_dtype
 from megatron_opd.kernels.combine import combine_log_sum_exp, finished_logprobs
+from megatron_opd.kernels.shard import VocabShard
 from megatron_opd.kernels.stats import shard_stats
 
 # From the log-probs [c, n] of a chunk's ids and the chunk's rows to the loss, summed over the chunk, and its
@@ -29,67 +30,62 @@ class _FusedHead(torch.autograd.Function):
     def forward(
         ctx: Any,
         hidden: Tensor,
-        weight: Tensor,
+        head: Tensor,
         ids: Tensor,
         objective: Objective,
-        group: dist.ProcessGroup | None,
-        vocab_size: int,
+        shard: VocabShard,
         sequence_parallel: bool,
-        temperature: float,
         chunk_tokens: int,
     ) -> tuple[Tensor, Tensor]:
-        world, rank = (group.size(), group.rank()) if group is not None else (1, 0)
-        sequence_parallel = sequence_parallel and world > 1
+        sequence_parallel = sequence_parallel and shard.world > 1
         whole = hidden
         if sequence_parallel:
-            whole = hidden.new_empty((hidden.shape[0] * world, hidden.shape[1]))
-            dist.all_gather_into_tensor(whole, hidden.contiguous(), group=group)
-        tokens, width = whole.shape[0], weight.shape[0]
-        real = min(max(vocab_size - rank * width, 0), width)
-        dtype = compute_dtype(weight)
+            whole = hidden.new_empty((hidden.shape[0] * shard.world, hidden.shape[1]))
+            dist.all_gather_into_tensor(whole, hidden.contiguous(), group=shard.group)
+        tokens, dtype = whole.shape[0], compute_dtype(head)
         by_hidden = torch.empty_like(whole) if ctx.needs_input_grad[0] else None
-        by_weight = torch.zeros_like(weight, dtype=dtype) if ctx.needs_input_grad[1] else None
-        buffer = whole.new_empty((min(chunk_tokens, tokens), width))
+        by_head = torch.zeros_like(head, dtype=dtype) if ctx.needs_input_grad[1] else None
+        buffer = whole.new_empty((min(chunk_tokens, tokens), shard.width))
         logprobs = torch.empty(ids.shape, dtype=dtype, device=ids.device)
         loss = torch.zeros((), dtype=dtype, device=ids.device)
         for start in range(0, tokens, chunk_tokens):
             rows = slice(start, min(start + chunk_tokens, tokens))
-            local = ids[rows] - rank * width
-            logits = torch.mm(whole[rows], weight.t(), out=buffer[: rows.stop - start])
-            found = shard_stats(logits, 0, local, real, temperature=temperature)
-            log_z, total = combine_log_sum_exp(found.lse, group, found.at_ids)
+            local = ids[rows] - shard.offset
+            logits = torch.mm(whole[rows], head.t(), out=buffer[: rows.stop - start])
+            stats = shard_stats(logits, 0, local, shard.real_columns())
+            log_z, total = combine_log_sum_exp(stats.lse, shard.group, stats.at_ids)
             assert total is not None
-            logprobs[rows] = finished_logprobs(total, log_z, ids[rows], vocab_size)
+            logprobs[rows] = finished_logprobs(total, log_z, ids[rows], shard.vocab_size)
             value, slope = objective(logprobs[rows], rows)
             loss += value
-            if by_hidden is None and by_weight is None:
+            if by_hidden is None and by_head is None:
                 continue
-            topk_loss_backward_(logits, log_z, local, slope, real, temperature=temperature)
+            topk_loss_backward_(logits, log_z, local, slope, shard.real_columns())
             if by_hidden is not None:
-                torch.mm(logits, weight, out=by_hidden[rows])
-            if by_weight is not None:
-                _add_product(by_weight, logits.t(), whole[rows])
+                torch.mm(logits, head, out=by_hidden[rows])
+            if by_head is not None:
+                _add_product(by_head, logits.t(), whole[rows])
         del buffer
         if by_hidden is not None and sequence_parallel:
             part = torch.empty_like(hidden)
-            dist.reduce_scatter_tensor(part, by_hidden, group=group)
+            dist.reduce_scatter_tensor(part, by_hidden, group=shard.group)
             by_hidden = part
-        elif by_hidden is not None and world > 1:
-            dist.all_reduce(by_hidden, group=group)
-        ctx.save_for_backward(by_hidden, by_weight)
-        ctx.weight_dtype = weight.dtype
+        elif by_hidden is not None:
+            shard.sum(by_hidden)
+        ctx.save_for_backward(by_hidden, by_head)
+        ctx.head_dtype = head.dtype
         ctx.mark_non_differentiable(logprobs)
         return loss, logprobs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
-        by_hidden, by_weight = ctx.saved_tensors
+        by_hidden, by_head = ctx.saved_tensors
         scale = grad_outputs[0]
         if by_hidden is not None:
             by_hidden = by_hidden * scale.to(by_hidden.dtype)
-        if by_weight is not None:
-            by_weight = by_weight.mul_(scale).to(ctx.weight_dtype)
-        return by_hidden, by_weight, None, None, None, None, None, None, None
+        if by_head is not None:
+            by_head = by_head.mul_(scale).to(ctx.head_dtype)
+        return by_hidden, by_head, None, None, None, None, None
 
 
 def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
@@ -104,46 +100,42 @@ def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
 
 def fused_head_loss(
     hidden: Tensor,
-    weight: Tensor,
+    head: Tensor,
     ids: Tensor,
     objective: Objective,
-    group: dist.ProcessGroup | None = None,
+    shard: VocabShard | None = None,
     *,
-    vocab_size: int | None = None,
     sequence_parallel: bool = False,
-    temperature: float = 1.0,
     chunk_tokens: int = 1024,
 ) -> tuple[Tensor, Tensor]:
     """A loss on the log-probs of a few ids per token, straight from the hidden states.
 
     hidden [tokens, hidden size], or [tokens / tp, hidden size] with `sequence_parallel`: what the output layer reads.
-    weight [vocab / tp, hidden size]: this rank's rows of the output layer, or of the embedding that it shares.
+    head [vocab / tp, hidden size]: this rank's rows of the output layer, or of the embedding that it shares.
     ids [tokens, n]: global ids, the same on every rank; negative: no candidate.
     objective: from the log-probs of a chunk to its loss and their derivatives, see `Objective`; `losses` makes them.
-    group: the tensor-parallel group; None means that the weight is whole.
-    vocab_size: ids from here on are padding; None: there is none.
+    shard: this rank's part of the vocabulary; None means that the head is whole and has no padding.
     chunk_tokens: tokens whose logits exist at once.
 
-    Returns the loss, a scalar summed over the tokens, with a gradient by `hidden` and `weight`, and the log-probs
+    Returns the loss, a scalar summed over the tokens, with a gradient by `hidden` and `head`, and the log-probs
     [tokens, n] of the ids, float32 (float64), without one; both the same on every rank of the group. Where nothing
     needs a gradient none is computed.
 
     The gradient of `hidden` is summed over the group (scattered with `sequence_parallel`), as Megatron-Core's
-    ColumnParallelLinear does. The weight's is returned in the weight's dtype, as autograd wants it, after being summed
-    over chunks in float32: Megatron-Core's hook adds it to `main_grad`. Gradient accumulation fusion would want it
-    written there by the kernel; this does not do that, and the loss is the last use of the weight either way.
+    ColumnParallelLinear does. The head's is returned in the head's dtype, as autograd wants it, after being summed over
+    chunks in float32: Megatron-Core's hook adds it to `main_grad`. Gradient accumulation fusion would want it written
+    there by the kernel; this does not do that, and the loss is the last use of the head either way.
     The collectives run in the forward: every rank of the group must call it, with the same number of tokens.
     """
-    world = 1 if group is None else group.size()
-    tokens = hidden.shape[0] * (world if sequence_parallel else 1)
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+    shard = VocabShard.of(None, head.shape[0]) if shard is None else shard
+    tokens = hidden.shape[0] * (shard.world if sequence_parallel else 1)
+    if hidden.dim() != 2 or head.dim() != 2 or hidden.shape[1] != head.shape[1] or head.shape[0] != shard.width:
         raise ValueError(
-            f"hidden {list(hidden.shape)} and weight {list(weight.shape)} must be [tokens, hidden size] and "
-            "[vocab / tp, hidden size]"
+            f"hidden {list(hidden.shape)} and head {list(head.shape)} must be [tokens, hidden size] and "
+            f"[vocab / tp, hidden size] with vocab / tp {shard.width}"
         )
     if ids.dim() != 2 or ids.shape[0] != tokens:
         raise ValueError(f"ids must be [tokens, n] with {tokens} tokens, got {list(ids.shape)}")
-    if chunk_tokens < 1 or not temperature > 0:
-        raise ValueError(f"chunk_tokens {chunk_tokens} and temperature {temperature} must be positive")
-    size = weight.shape[0] * world if vocab_size is None else vocab_size
-    return _FusedHead.apply(hidden, weight, ids, objective, group, size, sequence_parallel, temperature, chunk_tokens)
+    if chunk_tokens < 1:
+        raise ValueError(f"chunk_tokens must be at least 1, got {chunk_tokens}")
+    return _FusedHead.apply(hidden, head, ids, objective, shard, sequence_parallel, chunk_tokens)

@@ -70,15 +70,15 @@ def _topk_rows(bits: np.ndarray, k: int, infinity: int) -> tuple[np.ndarray, np.
     if row.size > _CROWDED * k * rows:
         return None
     entries = _lanes(bits, groups)[row, :, group]
-    found = _at_least(entries, bound[row])
-    of = found // _LANES
-    ids = found % _LANES * groups + group[of]
-    values, owners = entries.ravel()[found], row[of]
+    hits = _at_least(entries, bound[row])
+    entry = hits // _LANES
+    ids = hits % _LANES * groups + group[entry]
+    values, owners = entries.ravel()[hits], row[entry]
     if tail.size:
-        found = _at_least(tail, bound)
-        owners = np.concatenate([owners, found // tail.shape[1]])
-        ids = np.concatenate([ids, found % tail.shape[1] + groups * _LANES])
-        values = np.concatenate([values, tail.ravel()[found]])
+        hits = _at_least(tail, bound)
+        owners = np.concatenate([owners, hits // tail.shape[1]])
+        ids = np.concatenate([ids, hits % tail.shape[1] + groups * _LANES])
+        values = np.concatenate([values, tail.ravel()[hits]])
     order = (owners << 48) | ((0x7FFF - _keys(values).astype(np.int64)) << 32) | ids  # row, then value, then id
     order.sort()
     counts = np.bincount(owners, minlength=rows)

@@ -33,7 +33,6 @@ def shard_stats(
     ids: Tensor | None = None,
     real_columns: int | None = None,
     *,
-    temperature: float = 1.0,
     chunk_tokens: int | None = None,
 ) -> ShardStats:
     """Log-sum-exp, top-k and chosen logits of `logits` [tokens, vocab / tp], any floating dtype, in one pass.
@@ -42,7 +41,6 @@ def shard_stats(
     ids [tokens, n]: local columns whose logits are wanted; outside [0, real_columns) they give 0, so that a sum over
     the tensor-parallel ranks completes `at_ids`. None for none.
     real_columns: columns from here on are padding; None: there is none.
-    temperature: divides the logits in `lse` and `at_ids`; `values` stay as they are.
     chunk_tokens: tokens that the torch path holds in full precision at a time; None picks it.
     Raises ValueError where k or the shapes cannot be meant.
     """
@@ -54,10 +52,10 @@ def shard_stats(
     if ids.dim() != 2 or ids.shape[0] != logits.shape[0]:
         raise ValueError(f"ids must be [tokens, n] with {logits.shape[0]} tokens, got {list(ids.shape)}")
     if kernel_backend(logits.device, logits.dtype) == "torch" or not real:
-        return _torch_stats(logits[:, :real], k, ids, temperature, chunk_tokens)
+        return _torch_stats(logits[:, :real], k, ids, chunk_tokens)
     from megatron_opd.kernels import triton_launch
 
-    return ShardStats(*triton_launch.stats(logits, k, ids, real, temperature))
+    return ShardStats(*triton_launch.stats(logits, k, ids, real))
 
 
 @torch.no_grad()
@@ -68,13 +66,13 @@ def local_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     if kernel_backend(logits.device, logits.dtype) == "torch":
         return torch_topk(logits, k)
-    found = shard_stats(logits, k)
-    return found.values, found.ids, found.invalid
+    stats = shard_stats(logits, k)
+    return stats.values, stats.ids, stats.invalid
 
 
-def _torch_stats(logits: Tensor, k: int, ids: Tensor, temperature: float, chunk_tokens: int | None) -> ShardStats:
+def _torch_stats(logits: Tensor, k: int, ids: Tensor, chunk_tokens: int | None) -> ShardStats:
     real = logits.shape[1]
-    lse = _torch_log_sum_exp(logits, temperature, chunk_tokens)
+    lse = _torch_log_sum_exp(logits, chunk_tokens)
     if k:
         values, top, invalid = torch_topk(logits, k)
     else:
@@ -85,14 +83,14 @@ def _torch_stats(logits: Tensor, k: int, ids: Tensor, temperature: float, chunk_
     owned = (ids >= 0) & (ids < real)
     picked = torch.zeros(ids.shape, dtype=lse.dtype, device=logits.device)
     if real:
-        picked = torch.where(owned, logits.gather(1, torch.where(owned, ids, 0)).to(lse.dtype) / temperature, picked)
+        picked = torch.where(owned, logits.gather(1, torch.where(owned, ids, 0)).to(lse.dtype), picked)
     return ShardStats(lse, values, top, picked, invalid)
 
 
-def _torch_log_sum_exp(logits: Tensor, temperature: float, chunk_tokens: int | None) -> Tensor:
+def _torch_log_sum_exp(logits: Tensor, chunk_tokens: int | None) -> Tensor:
     dtype = compute_dtype(logits)
     out = torch.full((logits.shape[0],), -torch.inf, dtype=dtype, device=logits.device)
-    for rows, chunk in full_precision_chunks(logits, dtype, temperature, chunk_tokens):
+    for rows, chunk in full_precision_chunks(logits, dtype, chunk_tokens):
         top = chunk.amax(1)
         shift = torch.where(top == -torch.inf, torch.zeros_like(top), top)  # a row of -inf sums to 0, not to NaN
         out[rows] = chunk.sub_(shift[:, None]).exp_().sum(1).log_().add_(shift)

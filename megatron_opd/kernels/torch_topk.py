@@ -71,9 +71,9 @@ def torch_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     Returns values [tokens, k] in the logits' dtype, ids [tokens, k] int64, and [tokens] bool: the row holds a NaN.
     """
     if logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16) and logits.shape[0]:
-        found = numpy_topk(logits, k)
-        if found is not None:
-            return logits.gather(1, found[0]), *found
+        shortcut = numpy_topk(logits, k)
+        if shortcut is not None:
+            return logits.gather(1, shortcut[0]), *shortcut
     budget = _CANDIDATES_CPU if logits.device.type == "cpu" else _CANDIDATES_GPU
     per_row = min(logits.shape[1], k * _BLOCK)
     step = max(1, budget // max(1, per_row))

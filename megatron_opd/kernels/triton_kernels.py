@@ -4,7 +4,7 @@ Statistics, one program per row (or per part of a row): a row is read in tiles [
 group l. Each group keeps its maximum, where that first occurred, and its own online sum of exponentials, all in
 registers, so that a tile costs one reduction within a thread and no exchange between threads. The K largest columns lie
 in the K groups whose maxima are largest (ties to the lowest column), so at the end those groups alone, a few percent of
-the row, are read again and sorted. Keys of a sort hold value and place in one integer: the order is total and the
+the row, are read again and sorted. Keys of a sort hold value and position in one integer: the order is total and the
 result exact.
 """
 
@@ -20,25 +20,25 @@ _LOG2_E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def _ordered_key(value, place, WIDE: tl.constexpr):
-    """An integer that sorts as (value, then lower place first); `value` in its own dtype, 0 <= place.
+def _ordered_key(value, position, WIDE: tl.constexpr):
+    """An integer that sorts as (value, then lower position first); `value` in its own dtype, 0 <= position.
 
-    32 bits where values have 16 bits and places less than 2^16 (not WIDE), 64 bits otherwise.
+    32 bits where values have 16 bits and positions below 2^16 (not WIDE), 64 bits otherwise.
     """
     if WIDE:
         bits = value.to(tl.float32).to(tl.int32, bitcast=True)
         bits = tl.where(bits == -(2**31), 0, bits)  # -0.0 equals 0.0
         bits = bits ^ ((bits >> 31) & 0x7FFFFFFF)  # the order of floats as the order of signed integers
-        return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - place.to(tl.int64))
+        return (bits.to(tl.int64) << 32) | (0xFFFFFFFF - position.to(tl.int64))
     else:
         bits = value.to(tl.int16, bitcast=True).to(tl.int32)
         bits = tl.where(bits == -(2**15), 0, bits)
         bits = bits ^ ((bits >> 15) & 0x7FFF)
-        return (bits << 16) | (0xFFFF - place)
+        return (bits << 16) | (0xFFFF - position)
 
 
 @triton.jit
-def _place(key, WIDE: tl.constexpr):
+def _position(key, WIDE: tl.constexpr):
     if WIDE:
         return (0xFFFFFFFF - (key & 0xFFFFFFFF)).to(tl.int32)
     else:
@@ -69,12 +69,13 @@ def _read(logits, column, real, readable):
 
 
 @triton.jit
-def _take_in(x, tile, top, first, total, scale):
+def _take_in(x, tile, top, first, total):
     """A tile x [LANES, 8] float32 into the groups' maxima, the tile of their first occurrence, and their sums."""
     highest = tl.max(x, axis=1)
     first = tl.where(highest > top, tile, first)
     new = tl.maximum(top, highest)
     before, after = tl.maximum(top, _LOW), tl.maximum(new, _LOW)
+    scale = tl.full((), _LOG2_E, tl.float32)
     part = tl.sum(tl.exp2(tl.fma(x, scale, -(after * scale)[:, None])), axis=1)
     return new, first, total * tl.exp2((before - after) * scale) + part
 
@@ -89,7 +90,6 @@ def stats_kernel(
     tiles,
     ids,
     n,
-    inverse_temperature,
     lse,
     top_values,
     top_ids,
@@ -101,7 +101,7 @@ def stats_kernel(
     DEPTH: tl.constexpr,
     IDS: tl.constexpr,
     WIDE: tl.constexpr,
-    WIDE_PLACES: tl.constexpr,
+    WIDE_POSITIONS: tl.constexpr,
 ):
     """Program p has part p % parts of row p // parts: `tiles` tiles of LANES x 8 columns; results [rows * parts, ...].
 
@@ -116,7 +116,6 @@ def stats_kernel(
     base = part * tiles * LANES * _CHUNK
     lane = tl.arange(0, LANES)
     within = lane[:, None] * _CHUNK + tl.arange(0, _CHUNK)[None, :]
-    scale = inverse_temperature * _LOG2_E
 
     top = tl.full([LANES], float("-inf"), tl.float32)
     first = tl.zeros([LANES], tl.int32)
@@ -124,14 +123,14 @@ def stats_kernel(
     whole = tl.minimum(tl.maximum(real - base, 0) // (LANES * _CHUNK), tiles)
     for tile in range(0, whole):
         x = tl.load(logits + base + tile * LANES * _CHUNK + within).to(tl.float32)
-        top, first, total = _take_in(x, tile, top, first, total, scale)
+        top, first, total = _take_in(x, tile, top, first, total)
     if whole < tiles:
         x = _read(logits, base + whole * LANES * _CHUNK + within, real, readable)
-        top, first, total = _take_in(x, whole, top, first, total, scale)
+        top, first, total = _take_in(x, whole, top, first, total)
 
     highest = tl.maximum(tl.max(top, axis=0), _LOW)
-    summed = tl.sum(total * tl.exp2((tl.maximum(top, _LOW) - highest) * scale), axis=0)
-    tl.store(lse + program, highest * inverse_temperature + tl.log(summed))
+    summed = tl.sum(total * tl.exp2((tl.maximum(top, _LOW) - highest) * _LOG2_E), axis=0)
+    tl.store(lse + program, highest + tl.log(summed))
     nans = tl.full((), 0, tl.int32)
     if summed != summed:  # a NaN or +inf among the logits: rare enough to look again
         for tile in range(0, tiles):
@@ -146,15 +145,15 @@ def stats_kernel(
             wanted = tl.load(ids + row * n + slot, mask=slot < n, other=-1)
             owned = (wanted >= 0) & (wanted < real)
             x = tl.load(logits + wanted, mask=owned, other=0.0).to(tl.float32)
-            tl.store(at_ids + row * n + slot, x * inverse_temperature, mask=slot < n)
+            tl.store(at_ids + row * n + slot, x, mask=slot < n)
 
     if KEPT > 0:
         # The groups whose maxima are largest, in the order of their lanes.
-        if WIDE_PLACES:
+        if WIDE_POSITIONS:
             groups = tl.topk(_ordered_key(top, first * LANES + lane, True), KEPT)
         else:
             groups = tl.topk(_ordered_key(top.to(dtype), first * LANES + lane, False), KEPT)
-        lanes = tl.sort(_place(groups, WIDE_PLACES) % LANES)
+        lanes = tl.sort(_position(groups, WIDE_POSITIONS) % LANES)
         # Of their chunks of 8 columns, in the order of the columns, [DEPTH, KEPT], those whose maxima are largest.
         slot = tl.arange(0, KEPT)
         offset = tl.arange(0, _CHUNK)
@@ -165,7 +164,7 @@ def stats_kernel(
         key = _ordered_key(tl.max(x, axis=2).to(dtype), depth * KEPT + slot[None, :], WIDE)
         key = tl.where((depth < tiles) & (begin < real), key, lowest)
         chunks = tl.topk(tl.reshape(key, [DEPTH * KEPT]), KEPT)
-        chunk = tl.sort(tl.where(chunks == lowest, DEPTH * KEPT, _place(chunks, WIDE)))
+        chunk = tl.sort(tl.where(chunks == lowest, DEPTH * KEPT, _position(chunks, WIDE)))
         # Of their columns the largest. A part, not a row, may have fewer than K.
         begin = base + ((chunk // KEPT) * LANES + _pick(lanes, chunk % KEPT, KEPT)) * _CHUNK
         begin = tl.where(chunk < DEPTH * KEPT, begin, real)
@@ -173,8 +172,8 @@ def stats_kernel(
         x = _read(logits, column, real, readable)
         key = _ordered_key(x.to(dtype), slot[:, None] * _CHUNK + offset[None, :], WIDE)
         best = tl.topk(tl.reshape(tl.where(column < real, key, lowest), [KEPT * _CHUNK]), KEPT)
-        place = _place(best, WIDE)
-        column = _pick(begin, place // _CHUNK % KEPT, KEPT) + place % _CHUNK
+        position = _position(best, WIDE)
+        column = _pick(begin, position // _CHUNK % KEPT, KEPT) + position % _CHUNK
         value = tl.where(best == lowest, float("-inf"), _value(best, dtype, WIDE))
         tl.store(top_values + program * K + slot, value, mask=slot < K)
         tl.store(top_ids + program * K + slot, tl.minimum(column, real - 1).to(tl.int64), mask=slot < K)
@@ -194,7 +193,6 @@ def backward_kernel(
     width,
     blocks,
     tiles,
-    inverse_temperature,
     TILE: tl.constexpr,
     IDS: tl.constexpr,
 ):
@@ -206,7 +204,7 @@ def backward_kernel(
     grad += row * grad_stride
     slot = tl.arange(0, IDS)
     upstream = tl.load(slope + row * n + slot, mask=slot < n, other=0.0).to(tl.float32)
-    total = tl.sum(upstream, axis=0) * inverse_temperature
+    total = tl.sum(upstream, axis=0)
     pruned = tl.sum((upstream != 0).to(tl.int32), axis=0) == 0  # its logits may hold anything
     normaliser = tl.load(log_z + row)
 
@@ -215,14 +213,14 @@ def backward_kernel(
     owned = (wanted >= begin) & (wanted < begin + tiles * TILE) & (wanted < real)
     chosen = tl.load(logits + wanted, mask=owned, other=0.0).to(tl.float32)
     same = wanted[:, None] == wanted[None, :]  # an id that occurs twice receives both
-    own = tl.sum(tl.where(same, upstream[None, :], 0.0), axis=1) * inverse_temperature
-    chosen = own - total * tl.exp(chosen * inverse_temperature - normaliser)
+    own = tl.sum(tl.where(same, upstream[None, :], 0.0), axis=1)
+    chosen = own - total * tl.exp(chosen - normaliser)
     tl.debug_barrier()
 
     for tile in range(0, tiles):
         column = begin + tile * TILE + tl.arange(0, TILE)
         x = tl.load(logits + column, mask=column < width, other=0.0).to(tl.float32)
-        value = -total * tl.exp(x * inverse_temperature - normaliser)
+        value = -total * tl.exp(x - normaliser)
         value = tl.where((column < real) & (not pruned), value, 0.0)
         tl.store(grad + column, value.to(grad.dtype.element_ty), mask=column < width)
 

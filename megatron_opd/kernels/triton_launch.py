@@ -29,9 +29,7 @@ def _on(tensor: Tensor) -> AbstractContextManager[object]:
     return torch.cuda.device_of(tensor) if tensor.is_cuda else nullcontext()
 
 
-def stats(
-    logits: Tensor, k: int, ids: Tensor, real: int, temperature: float
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+def stats(logits: Tensor, k: int, ids: Tensor, real: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """`shard_stats` with Triton; the arguments are checked. Returns the fields of ShardStats in order."""
     if k > LARGEST_K:
         raise ValueError(f"k {k} is more than the {LARGEST_K} that the Triton kernel finds; set loss.kernels: torch")
@@ -63,7 +61,6 @@ def stats(
             tiles,
             ids,
             n,
-            1 / temperature,
             lse,
             values,
             top,
@@ -75,7 +72,7 @@ def stats(
             DEPTH=depth,
             IDS=_power(n) if n else 0,
             WIDE=not half,
-            WIDE_PLACES=not half or tiles * lanes > 2**16,
+            WIDE_POSITIONS=not half or tiles * lanes > 2**16,
             num_warps=min(16, max(4, lanes // 128)),
         )
     if parts == 1:
@@ -86,9 +83,7 @@ def stats(
     return lse.logsumexp(1), values, top, at_ids, invalid.bool().any(1)
 
 
-def backward(
-    logits: Tensor, log_z: Tensor, ids: Tensor, slope: Tensor, real: int, temperature: float, grad: Tensor
-) -> None:
+def backward(logits: Tensor, log_z: Tensor, ids: Tensor, slope: Tensor, real: int, grad: Tensor) -> None:
     """`topk_loss_backward_` with Triton into `grad`, which may be `logits`; the arguments are checked."""
     rows, width = logits.shape
     if not logits.stride(1) == grad.stride(1) == 1:
@@ -112,7 +107,6 @@ def backward(
             width,
             blocks,
             tiles,
-            1 / temperature,
             TILE=tile,
             IDS=_power(ids.shape[1]),
             num_warps=8,

@@ -1,25 +1,28 @@
 """Distillation losses on vocab-parallel logits; torch only."""
 
-from megatron_opd.losses.candidates import candidate_terms, sampled_reverse_kl, student_logprobs, topk_reverse_kl
-from megatron_opd.losses.full_vocabulary import full_vocabulary_loss
-from megatron_opd.losses.head import FUSED_KINDS, head_loss
-from megatron_opd.losses.registry import LOSSES, DistillTargets, Loss, get_loss, global_token_count
+from megatron_opd.kernels import VocabShard, vocab_shard
+from megatron_opd.losses.base import DistillTargets, LogprobLoss, Loss, LossOptions, constant_terms
+from megatron_opd.losses.candidates import candidate_terms, topk_reverse_kl
+from megatron_opd.losses.head import head_loss
+from megatron_opd.losses.registry import get_loss
 from megatron_opd.losses.topk import vocab_parallel_topk
-from megatron_opd.losses.vocab_parallel import vocab_parallel_logprobs
+from megatron_opd.losses.vocab_parallel import student_logprobs, vocab_parallel_logprobs
+from megatron_opd.plugins import LOSSES
 
 __all__ = [
-    "FUSED_KINDS",
     "LOSSES",
     "DistillTargets",
+    "LogprobLoss",
     "Loss",
+    "LossOptions",
+    "VocabShard",
     "candidate_terms",
-    "full_vocabulary_loss",
+    "constant_terms",
     "get_loss",
-    "global_token_count",
     "head_loss",
-    "sampled_reverse_kl",
     "student_logprobs",
     "topk_reverse_kl",
     "vocab_parallel_logprobs",
     "vocab_parallel_topk",
+    "vocab_shard",
 ]

@@ -16,26 +16,25 @@ clipped.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.kernels import combine_log_sum_exp, compute_dtype, full_precision_chunks
-from megatron_opd.losses.candidates import check_rows
-from megatron_opd.losses.vocab_parallel import VocabShard, check_temperature, local_log_sum_exp, vocab_shard
+from megatron_opd.losses.base import PLAIN, DistillTargets, Loss, LossOptions, check_shape
+from megatron_opd.losses.vocab_parallel import VocabShard, local_log_sum_exp
 
 Kind = Literal["full_reverse_kl", "forward_kl", "generalized_jsd"]
 
 
 def _logprob_chunks(
-    student: Tensor, teacher: Tensor, log_z: Tensor, shard: VocabShard, temperature: float, chunk_tokens: int | None
+    student: Tensor, teacher: Tensor, log_z: Tensor, shard: VocabShard, chunk_tokens: int | None
 ) -> Iterator[tuple[slice, Tensor, Tensor]]:
     """Rows, and both models' log-probs [rows, real columns] on them; log_z [tokens, 2]."""
     real = shard.real_columns()
-    students = full_precision_chunks(student[:, :real], log_z.dtype, temperature, chunk_tokens)
-    teachers = full_precision_chunks(teacher[:, :real], log_z.dtype, temperature, chunk_tokens)
+    students = full_precision_chunks(student[:, :real], log_z.dtype, chunk_tokens)
+    teachers = full_precision_chunks(teacher[:, :real], log_z.dtype, chunk_tokens)
     for (rows, s), (_, t) in zip(students, teachers):
         yield rows, s.sub_(log_z[rows, :1]), t.sub_(log_z[rows, 1:])
 
@@ -79,7 +78,7 @@ def _logit_gradient(kind: Kind, logp: Tensor, logq: Tensor, mean: Tensor, beta: 
     return _weighted(p, -_mixture_gaps(logp, logq, beta)[0] - mean).mul_(1 - beta)
 
 
-class _FullLoss(torch.autograd.Function):
+class _Divergence(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
@@ -89,75 +88,81 @@ class _FullLoss(torch.autograd.Function):
         kind: Kind,
         beta: float,
         shard: VocabShard,
-        temperature: float,
-        chunk_tokens: int | None,
-        inplace_backward: bool,
+        options: LossOptions,
     ) -> Tensor:
         dtype = compute_dtype(student)
-        local = [local_log_sum_exp(x, shard, temperature, chunk_tokens).to(dtype) for x in (student, teacher)]
+        local = [local_log_sum_exp(x, shard, options.chunk_tokens).to(dtype) for x in (student, teacher)]
         log_z, _ = combine_log_sum_exp(torch.stack(local, dim=1), shard.group)
         sums = torch.zeros((student.shape[0], 2), dtype=dtype, device=student.device)
-        for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, temperature, chunk_tokens):
+        for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, options.chunk_tokens):
             sums[rows] = _token_sums(kind, logp, logq, beta)
         shard.sum(sums)
         weight = weight.to(dtype)
         ctx.save_for_backward(student, teacher, weight, log_z, sums[:, 1:])
-        ctx.settings = (kind, beta, shard, temperature, chunk_tokens, inplace_backward)
+        ctx.settings = (kind, beta, shard, options)
         return torch.where(weight == 0, 0.0, weight * sums[:, 0]).sum()
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Any, ...]:
         student, teacher, weight, log_z, mean = ctx.saved_tensors
-        kind, beta, shard, temperature, chunk_tokens, inplace_backward = ctx.settings
+        kind, beta, shard, options = ctx.settings
         real = shard.real_columns()
-        grad = student.detach() if inplace_backward else torch.empty_like(student)
-        scale = (weight * grad_outputs[0].to(weight.dtype) / temperature)[:, None]
+        grad = student.detach() if options.inplace_backward else torch.empty_like(student)
+        scale = (weight * grad_outputs[0].to(weight.dtype))[:, None]
         pruned = (weight == 0)[:, None]
-        for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, temperature, chunk_tokens):
+        for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, options.chunk_tokens):
             chunk = _logit_gradient(kind, logp, logq, mean[rows], beta).mul_(scale[rows])
             grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
         grad[:, real:] = 0
-        return grad, None, None, None, None, None, None, None, None
+        return grad, None, None, None, None, None, None
 
 
-def full_vocabulary_loss(
-    kind: Kind,
-    student_logits: Tensor,
-    teacher_logits: Tensor,
-    weight: Tensor,
-    group: dist.ProcessGroup | None = None,
-    *,
-    jsd_beta: float = 0.5,
-    vocab_size: int | None = None,
-    temperature: float = 1.0,
-    chunk_tokens: int | None = None,
-    inplace_backward: bool = False,
-) -> Tensor:
-    """Sum over tokens of weight times the divergence `kind` of the module's docstring.
+class _FullVocabularyLoss(Loss):
+    """The divergence `kind` of the module's docstring. In place, the student's logits are overwritten, never the
+    teacher's."""
 
-    student_logits, teacher_logits [tokens, vocab / tp]: the same columns of both; only the student's carry a gradient.
-    weight [tokens]: the prune weight; 0 leaves a token out.
-    jsd_beta: the teacher's share of the mixture, strictly between 0 and 1 (generalized_jsd only).
-    group, vocab_size, temperature, chunk_tokens, inplace_backward: as in `topk_reverse_kl`. In place, the student's
-    logits are overwritten, never the teacher's.
-    Returns a scalar, the same on every rank of the group. Raises ValueError on shapes or a beta that cannot be meant.
-    """
-    shard = vocab_shard(student_logits, group, vocab_size)
-    check_rows("teacher_logits", teacher_logits, tuple(student_logits.shape))
-    check_rows("weight", weight, (student_logits.shape[0],))
-    check_temperature(temperature)
-    if kind == "generalized_jsd" and not 0 < jsd_beta < 1:
-        raise ValueError(
-            f"jsd_beta {jsd_beta} must lie strictly in (0, 1); the limits are forward_kl (0) and full_reverse_kl (1)"
+    reads = "logits"
+    kind: ClassVar[Kind]
+    jsd_beta = 0.5  # of generalized_jsd alone
+
+    def __call__(
+        self,
+        student_logits: Tensor,
+        targets: DistillTargets,
+        weight: Tensor,
+        shard: VocabShard,
+        options: LossOptions = PLAIN,
+    ) -> Tensor:
+        teacher_logits = targets.require(self, "teacher_logits")
+        shard.check(student_logits)
+        check_shape("teacher_logits", teacher_logits, tuple(student_logits.shape))
+        check_shape("weight", weight, (student_logits.shape[0],))
+        return _Divergence.apply(
+            student_logits, teacher_logits.detach(), weight, self.kind, self.jsd_beta, shard, options
         )
-    return _FullLoss.apply(
-        student_logits,
-        teacher_logits.detach(),
-        weight,
-        kind,
-        jsd_beta,
-        shard,
-        temperature,
-        chunk_tokens,
-        inplace_backward,
-    )
+
+
+class FullReverseKL(_FullVocabularyLoss):
+    """`full_reverse_kl`"""
+
+    kind = "full_reverse_kl"
+
+
+class ForwardKL(_FullVocabularyLoss):
+    """`forward_kl`"""
+
+    kind = "forward_kl"
+
+
+class GeneralizedJSD(_FullVocabularyLoss):
+    """`generalized_jsd`; jsd_beta: the teacher's share of the mixture."""
+
+    kind = "generalized_jsd"
+
+    def __init__(self, jsd_beta: float = 0.5) -> None:
+        if not 0 < jsd_beta < 1:
+            raise ValueError(
+                f"jsd_beta {jsd_beta} must lie strictly in (0, 1); the limits are forward_kl (0) and full_reverse_kl "
+                "(1)"
+            )
+        self.jsd_beta = jsd_beta

@@ -10,7 +10,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.kernels import local_topk
@@ -42,6 +41,8 @@ def _used_columns(shard: VocabShard, k: int, device: torch.device) -> Tensor:
 def share_topk(models: Sequence[Tensor], k: int, shard: VocabShard) -> list[LocalTop]:
     """This rank's share of the global top-k of each model's logits [tokens, vocab / tp]; one all-gather of values."""
     check_k(k, shard)
+    for logits in models:
+        shard.check(logits)
     real = shard.real_columns()
     width = min(k, real)
     tokens, device = models[0].shape[0], models[0].device
@@ -75,16 +76,15 @@ def members(top: LocalTop, filler: int) -> Tensor:
 
 
 @torch.no_grad()
-def vocab_parallel_topk(
-    logits: Tensor, k: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None
-) -> tuple[Tensor, Tensor]:
+def vocab_parallel_topk(logits: Tensor, k: int, shard: VocabShard | None = None) -> tuple[Tensor, Tensor]:
     """The k largest logits over all ranks and their global ids, best first, ties to the lowest id.
 
-    logits [tokens, vocab / tp]: this rank's columns; ids >= vocab_size are padding and never chosen.
+    logits [tokens, vocab / tp]: this rank's columns; padding ids are never chosen.
+    shard: this rank's part of the vocabulary; None means that the logits are whole and have no padding.
     Returns values [tokens, k] in the logits' dtype (NaN on a row that holds a NaN) and ids [tokens, k] int64, both the
     same on every rank and for every tensor-parallel size. Raises ValueError where k exceeds the vocabulary.
     """
-    shard = vocab_shard(logits, group, vocab_size)
+    shard = shard or vocab_shard(logits)
     top = share_topk([logits], k, shard)[0]
     flat = top.values.flatten(1)
     used = _used_columns(shard, k, logits.device)

@@ -15,6 +15,7 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_opd.config import ConfigError, ModelConfig
+from megatron_opd.kernels import VocabShard
 from megatron_opd.models.fp8 import drop_weight_copies, learn_scales, shape_problems, token_block
 from megatron_opd.models.packed import PackedRotary, PackedRow, pack_row
 from megatron_opd.models.specs import block_spec, use_transformer_engine
@@ -39,6 +40,11 @@ class Model:
     device: torch.device
     transformer_engine: bool
     offload: bool = False  # parameters live in host memory outside `resident`
+
+    @property
+    def vocab_shard(self) -> VocabShard:
+        """The part of the vocabulary that this rank's logits cover."""
+        return VocabShard.of(self.layout.groups.tp, self.padded_vocab_size, self.vocab_size)
 
     @contextmanager
     def resident(self) -> Iterator[None]:

@@ -2,7 +2,7 @@
 
 from megatron_opd.losses.topk import vocab_parallel_topk
 from megatron_opd.prune.budget import ResponseBudget
-from megatron_opd.prune.overlap import count_shared, teacher_top_p_accept, topk_membership, topk_overlap
+from megatron_opd.prune.overlap import count_shared, teacher_top_p_accept, topk_overlap
 from megatron_opd.prune.reliability import (
     Reliability,
     ReliabilityState,
@@ -22,7 +22,6 @@ __all__ = [
     "prefix_event_counts",
     "reliability",
     "teacher_top_p_accept",
-    "topk_membership",
     "topk_overlap",
     "vocab_parallel_topk",
 ]

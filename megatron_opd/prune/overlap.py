@@ -63,32 +63,16 @@ def topk_overlap(
 
 
 @torch.no_grad()
-def topk_membership(
-    logits: Tensor, ids: Tensor, k: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None
-) -> Tensor:
-    """Which of the given ids are among this model's own k most likely tokens.
-
-    logits [tokens, vocab / tp]; ids [tokens, n] global ids, the same on every rank; ids outside the vocabulary are in
-    nothing.
-    Returns bool [tokens, n], the same on every rank. Raises FloatingPointError where the logits hold a NaN.
-    """
-    shard = vocab_shard(logits, group, vocab_size)
-    _check_tokens("ids", ids, logits)
-    top = share_topk([logits], k, shard)[0]
-    if bool(top.invalid.any()):
-        raise FloatingPointError(f"NaN among the logits of {int(top.invalid.sum())} token(s): no top-{k} exists")
-    return shard.sum(_isin_top(ids, top, shard).to(torch.uint8)).bool()
-
-
-@torch.no_grad()
 def count_shared(
     logits: Tensor, ids: Tensor, k: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None
 ) -> Tensor:
     """How many of the given ids are among this model's own k most likely tokens, one integer per token on the wire.
 
     This is the teacher's half of the overlap where the student's logits are elsewhere: with `ids` the student's own
-    top-k, `count_shared(...) / k` is `topk_overlap`. Arguments as for `topk_membership`; ids of a row must differ from
-    each other.
+    top-k, `count_shared(...) / k` is `topk_overlap`.
+
+    logits [tokens, vocab / tp]; ids [tokens, n] global ids, the same on every rank, those of a token all different; ids
+    outside the vocabulary are in nothing.
     Returns float32 [tokens], whole numbers, the same on every rank; NaN where the logits hold a NaN.
     """
     shard = vocab_shard(logits, group, vocab_size)
@@ -121,7 +105,7 @@ def teacher_top_p_accept(
     shard = vocab_shard(teacher_logits, group, vocab_size)
     check_k(k, shard)
     _check_tokens("sampled_ids", sampled_ids, teacher_logits)
-    ids = vocab_parallel_topk(teacher_logits, k, group, vocab_size)[1]
-    probabilities = vocab_parallel_logprobs(teacher_logits, ids, group, vocab_size).exp()
+    ids = vocab_parallel_topk(teacher_logits, k, shard)[1]
+    probabilities = vocab_parallel_logprobs(teacher_logits, ids, shard).exp()
     mass_before = probabilities.cumsum(1) - probabilities  # NaN is below nothing
     return ((ids == sampled_ids[:, None]) & (mass_before < p)).any(1)

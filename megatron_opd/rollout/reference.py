@@ -20,7 +20,7 @@ def own_logprobs(model: Model, tokens: list[int]) -> torch.Tensor:
         logits = forward.prefill(fed, [len(tokens) - 1], [0], [0], None)
         if logits is not None:
             ids = torch.tensor(tokens[1:], device=model.device)[:, None]
-            values = vocab_parallel_logprobs(logits, ids, model.layout.groups.tp, model.vocab_size)
+            values = vocab_parallel_logprobs(logits, ids, model.vocab_shard)
             fields = [(model.layout.replica, {"logprobs": values[:, 0]})]
     return share_fields(fields, model.layout.owns_results, model.device)[0]["logprobs"]
 
@@ -47,9 +47,8 @@ def largest_difference(model: Model, directory: str, tokens: int = 64) -> tuple[
             ).to(model.device)
             wanted = reference(ids[None].to(model.device)).logits[0].float().log_softmax(-1)
             top = wanted.topk(min(16, model.vocab_size), dim=-1)
-            group = model.layout.groups.tp
-            own = vocab_parallel_logprobs(logits, top.indices, group, model.vocab_size)
-            best = vocab_parallel_topk(logits, 1, group, model.vocab_size)[1][:, 0]
+            own = vocab_parallel_logprobs(logits, top.indices, model.vocab_shard)
+            best = vocab_parallel_topk(logits, 1, model.vocab_shard)[1][:, 0]
             result = torch.stack([(own - top.values).abs().max(), (best == top.indices[:, 0]).float().mean()])
             fields = [(model.layout.replica, {"result": result[None]})]
     shared = share_fields(fields, model.layout.owns_results, model.device)

@@ -78,7 +78,6 @@ class FusedTeacher:
         sampled: Tensor,
         spans: dict[int, slice],
         predicts: Tensor,
-        jsd_beta: float,
     ) -> Judged:
         """From both models' logits [T, vocab / tp] of a row to what the loss needs; remembers each answer's part.
 
@@ -87,10 +86,10 @@ class FusedTeacher:
             spans: this rank's part of each answer's sequence, by the answer's place in the batch.
             predicts: [T] bool, where a response token is predicted.
         """
-        group, vocab_size, prune = self.student.layout.groups.tp, self.student.vocab_size, self.prune
-        ids = vocab_parallel_topk(logits, self.candidates, group, vocab_size)[1]
-        own = vocab_parallel_logprobs(logits, ids, group, vocab_size)
-        view = teacher_view(teacher_logits, Candidates(ids, sampled), prune, vocab_size, group)
+        shard, prune = self.student.vocab_shard, self.prune
+        ids = vocab_parallel_topk(logits, self.candidates, shard)[1]
+        own = vocab_parallel_logprobs(logits, ids, shard)
+        view = teacher_view(teacher_logits, Candidates(ids, sampled), prune, shard.vocab_size, shard.group)
         view["divergence"] = candidate_terms(own, view["logprobs"]).sum(-1)
         weight = torch.zeros(len(sampled), device=logits.device)
         for i, span in spans.items():
@@ -107,7 +106,6 @@ class FusedTeacher:
                 sampled_ids=sampled,
                 teacher_sampled_logprobs=view["sampled_logprobs"],
                 teacher_logits=teacher_logits,
-                jsd_beta=jsd_beta,
             ),
             weight,
         )

@@ -34,7 +34,7 @@ def top_candidates(model: Model, rollouts: list[Rollout], k: int, tokens_per_mic
     """The model's own k most likely tokens at each response token, [T, k] int64 of each response. Collective."""
 
     def view(logits: Tensor, asked: Candidates) -> Fields:
-        return {"ids": vocab_parallel_topk(logits, k, model.layout.groups.tp, model.vocab_size)[1]}
+        return {"ids": vocab_parallel_topk(logits, k, model.vocab_shard)[1]}
 
     return [fields["ids"] for fields in read_rollouts(model, rollouts, view, tokens_per_microbatch)]
 

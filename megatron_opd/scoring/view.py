@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.config import PruneConfig
-from megatron_opd.losses import vocab_parallel_logprobs
+from megatron_opd.losses import vocab_parallel_logprobs, vocab_shard
 from megatron_opd.parallel.exchange import Fields
 from megatron_opd.prune import count_shared, teacher_top_p_accept
 from megatron_opd.types import Rollout, TeacherScores
@@ -43,7 +43,7 @@ def teacher_view(
         signal does not need it) and accepted [R] bool (true where the signal does not need it).
     """
     ids = torch.cat([asked.topk_ids, asked.sampled[:, None]], 1)
-    values = vocab_parallel_logprobs(logits, ids, group, vocab_size)
+    values = vocab_parallel_logprobs(logits, ids, vocab_shard(logits, group, vocab_size))
     rows = len(asked.sampled)
     overlap = torch.full((rows,), float("nan"), device=logits.device)
     accepted = torch.ones(rows, dtype=torch.bool, device=logits.device)

@@ -22,12 +22,13 @@ class MicroBatch:
     tokens: Tensor  # [T] int64
     row: PackedRow
     targets: DistillTargets  # [T, K] and [T]
+    sampled: Tensor  # [T] int64, the response token that each position predicts
     weight: Tensor  # [T] float32
     rollout_logprobs: Tensor  # [T] float32, 0 where no response token is predicted
     predicts: Tensor  # [T] bool, a kept response token is predicted here
-    advantage: Tensor | None  # [T] float32, of the verifier's reward; None where no answer has one
+    advantage: Tensor | None  # [T] float32, of the verifier's reward; None where no response has one
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence in the row, padding left out
-    # This rank's part of each answer's sequence, by its place in the batch; `predicts` names the tokens that count.
+    # This rank's part of each response's sequence, by its index in the batch; `predicts` names the tokens that count.
     spans: dict[int, slice] = field(default_factory=dict)
 
 
@@ -37,7 +38,7 @@ def kept_tokens(batch: ScoredBatch) -> list[int]:
 
 
 def plan_training(student: Model, batch: ScoredBatch, tokens_per_microbatch: int) -> tuple[tuple[int, ...], ...]:
-    """This data-parallel rank's micro-batches, as lists of places in the batch."""
+    """This data-parallel rank's micro-batches, as lists of indices into the batch."""
     parallel = student.layout.parallel
     plan = plan_microbatches(
         [padded_length(n, parallel.context) for n in kept_tokens(batch)],
@@ -50,9 +51,7 @@ def plan_training(student: Model, batch: ScoredBatch, tokens_per_microbatch: int
     return plan.microbatches[student.layout.data_rank]
 
 
-def build_microbatch(
-    student: Model, batch: ScoredBatch, members: tuple[int, ...], jsd_beta: float, multiple: int = 1
-) -> MicroBatch:
+def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...], multiple: int = 1) -> MicroBatch:
     """The row of the named sequences (this rank's part of it), on this rank's device, its length a multiple of
     `multiple`.
 
@@ -64,7 +63,7 @@ def build_microbatch(
     width = batch.rollouts[0].topk_ids.shape[1]
     tokens = torch.zeros(total, dtype=torch.int64)
     sampled = torch.zeros(total, dtype=torch.int64)
-    ids = torch.arange(width).repeat(total, 1)  # distinct ids: rows without a target weigh nothing
+    ids = torch.arange(width).repeat(total, 1)  # distinct ids: positions without a target weigh nothing
     teacher = torch.zeros(total, width)
     teacher_sampled, weight, logprobs = torch.zeros(total), torch.zeros(total), torch.zeros(total)
     predicts = torch.zeros(total, dtype=torch.bool)
@@ -93,17 +92,18 @@ def build_microbatch(
     def held(values: Tensor) -> Tensor:
         return row.take(values).to(student.device)
 
+    sampled = held(sampled)
     targets = DistillTargets(
         student_ids=held(ids),
         teacher_logprobs=held(teacher),
-        sampled_ids=held(sampled),
+        sampled_ids=sampled,
         teacher_sampled_logprobs=held(teacher_sampled),
-        jsd_beta=jsd_beta,
     )
     return MicroBatch(
         held(tokens),
         row,
         targets,
+        sampled,
         held(weight),
         held(logprobs),
         held(predicts),

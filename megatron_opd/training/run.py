@@ -24,6 +24,7 @@ from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.runtime.guard import Guard
 from megatron_opd.training.bad_steps import dump_bad_step
 from megatron_opd.training.metrics import MetricsLog, StepProgress, was_reported
+from megatron_opd.training.objective import build_loss
 from megatron_opd.training.probe import HandoverProbe
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
@@ -60,6 +61,7 @@ class Run:
     def _build(self, config: Config) -> None:
         if self.guard.note:
             self.say(self.guard.note)
+        build_loss(config)  # a name or an option that is wrong ends the run before models are loaded
         self.tokenizer, notes = load_tokenizers(config)
         prompts = load_prompts(config.data, self.tokenizer)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opd.kernels import fused_head_loss, shard_stats, topk_loss_backward_
+from megatron_opd.kernels import VocabShard, fused_head_loss, shard_stats, topk_loss_backward_
 
 INF = float("inf")
 _AT_A_TIME = 2**26  # elements that a reference holds in float64
@@ -25,7 +25,6 @@ class Case:
     dtype: torch.dtype = torch.bfloat16
     device: str = "cpu"
     kind: str = "normal"  # normal, ties, infinities, nans
-    temperature: float = 1.0
     strided: bool = False  # rows of a wider matrix
     inplace: bool = True
 
@@ -67,7 +66,7 @@ def ids_of(case: Case) -> Tensor:
 
 def check_stats(case: Case) -> None:
     logits, ids = make_logits(case), ids_of(case)
-    found = shard_stats(logits, case.k, ids, case.real, temperature=case.temperature)
+    found = shard_stats(logits, case.k, ids, case.real)
     step = max(1, _AT_A_TIME // case.width)
     for start in range(0, case.rows, step):
         rows = slice(start, start + step)
@@ -75,10 +74,10 @@ def check_stats(case: Case) -> None:
         invalid = real.isnan().any(1)
         assert torch.equal(found.invalid[rows], invalid)
         owned = (ids[rows] >= 0) & (ids[rows] < case.real)
-        at = torch.where(owned, real.gather(1, ids[rows].clamp(0, case.real - 1)) / case.temperature, 0.0)
+        at = torch.where(owned, real.gather(1, ids[rows].clamp(0, case.real - 1)), 0.0)
         at = at.to(found.at_ids.dtype)
         torch.testing.assert_close(found.at_ids[rows], at, rtol=1e-6, atol=1e-6, equal_nan=True)
-        lse = (real / case.temperature).logsumexp(1)
+        lse = (real).logsumexp(1)
         lse[(real == INF).any(1)] = torch.nan  # the torch path's answer too
         torch.testing.assert_close(found.lse[rows].double(), lse, rtol=2e-6, atol=2e-6, equal_nan=True)
         if case.k:
@@ -96,10 +95,10 @@ def check_backward(case: Case) -> None:
     slope = torch.randn(ids.shape, generator=generator).to(case.device)
     slope[1] = 0.0  # a pruned row: zeros, whatever it holds
     logits[1, : case.real] = torch.nan
-    log_z = (logits[:, : case.real].float() / case.temperature).logsumexp(1) + 0.25  # other ranks have some, too
+    log_z = (logits[:, : case.real].float()).logsumexp(1) + 0.25  # other ranks have some, too
     before = logits.clone()
     out = None if case.inplace else torch.full_like(logits, 7.0)
-    grad = topk_loss_backward_(logits, log_z, ids, slope, case.real, temperature=case.temperature, out=out)
+    grad = topk_loss_backward_(logits, log_z, ids, slope, case.real, out=out)
     assert grad.data_ptr() == (logits if case.inplace else out).data_ptr()
     if not case.inplace:
         assert torch.equal(logits.nan_to_num(3.0), before.nan_to_num(3.0))
@@ -113,10 +112,9 @@ def check_backward(case: Case) -> None:
         kept = torch.arange(start, min(start + step, case.rows), device=case.device) != 1
         z = before[rows, : case.real].double()[kept]
         g, where = slope[rows].double()[kept], ids[rows][kept]
-        expected = -torch.exp(z / case.temperature - log_z[rows].double()[kept, None]) * g.sum(1, keepdim=True)
+        expected = -torch.exp(z - log_z[rows].double()[kept, None]) * g.sum(1, keepdim=True)
         owned = (where >= 0) & (where < case.real)
         expected.scatter_add_(1, where.clamp(0, case.real - 1), torch.where(owned, g, 0.0))
-        expected /= case.temperature
         torch.testing.assert_close(grad[rows, : case.real][kept].double(), expected, rtol=tolerance, atol=1e-6)
 
 
@@ -134,32 +132,31 @@ def check_head(case: Case, hidden_size: int, chunk: int) -> None:
     """The fused head against float64 autograd over whole logits; scaled by the gradient that reaches it."""
     generator = torch.Generator().manual_seed(5)
     hidden = torch.randn(case.rows, hidden_size, generator=generator).to(case.device, case.dtype).requires_grad_()
-    weight = (torch.randn(case.width, hidden_size, generator=generator) / 4).to(case.device, case.dtype)
-    weight.requires_grad_()
+    head = (torch.randn(case.width, hidden_size, generator=generator) / 4).to(case.device, case.dtype)
+    head.requires_grad_()
     ids = ids_of(replace(case, n=max(case.n, 3))).clamp(0, case.real - 1)
     teacher = -5 * torch.rand(ids.shape, generator=generator).to(case.device)
     prune_weight = torch.rand(case.rows, generator=generator).to(case.device)
     prune_weight[::3] = 0
     loss, logprobs = fused_head_loss(
         hidden,
-        weight,
+        head,
         ids,
         reverse_kl_objective(teacher, prune_weight),
-        vocab_size=case.real,
-        temperature=case.temperature,
+        VocabShard.of(None, case.width, case.real),
         chunk_tokens=chunk,
     )
     (loss * 0.5).backward()
-    mine = [t.detach().double().requires_grad_() for t in (hidden, weight)]
-    logp = (mine[0] @ mine[1].t())[:, : case.real].div(case.temperature).log_softmax(1).gather(1, ids)
+    mine = [t.detach().double().requires_grad_() for t in (hidden, head)]
+    logp = (mine[0] @ mine[1].t())[:, : case.real].log_softmax(1).gather(1, ids)
     with torch.no_grad():
         terms = prune_weight.double()[:, None] * logp.softmax(1) * (logp - teacher.double())
     (0.5 * (terms * logp).sum()).backward()
     exact = case.dtype in (torch.float32, torch.float64)
     torch.testing.assert_close(logprobs.double(), logp.detach(), rtol=0, atol=1e-4 if exact else 0.05)
     torch.testing.assert_close(loss.detach().double(), terms.sum(), rtol=1e-4 if exact else 0.03, atol=1e-4)
-    for tensor, reference in zip((hidden, weight), mine):
+    for tensor, reference in zip((hidden, head), mine):
         error = (tensor.grad.double() - reference.grad).norm() / reference.grad.norm()
         assert float(error) < (1e-5 if exact else 0.02), float(error)
         assert tensor.grad.dtype == tensor.dtype
-    assert not weight.grad[case.real :].any() and not hidden.grad[::3].any()
+    assert not head.grad[case.real :].any() and not hidden.grad[::3].any()

@@ -91,13 +91,13 @@ CHECKS = (
             Case(4, 1500, 1500, 16, n=17, strided=True),
             Case(2, 5999, 5995, 64, n=1),
             Case(3, 1500, 1400, 16, kind="ties"),
-            Case(3, 1501, 1397, 4, kind="ties", dtype=HALF, temperature=0.7),
+            Case(3, 1501, 1397, 4, kind="ties", dtype=HALF),
             Case(5, 1500, 1400, 16, kind="infinities"),
             Case(5, 203, 133, 16, kind="infinities", dtype=SINGLE),
             Case(5, 1500, 1403, 4, kind="nans", strided=True),
             Case(5, 203, 133, 1, kind="nans", dtype=SINGLE),
             Case(5, 2100, 2049, 16, kind="nans", dtype=HALF),
-            Case(2, 2100, 2049, 64, kind="normal", dtype=SINGLE, temperature=1.7),
+            Case(2, 2100, 2049, 64, kind="normal", dtype=SINGLE),
             Case(3, 64, 64, 64, kind="ties"),
             Case(2, 20, 17, 17, kind="normal"),
             Case(6, 900, 800, 0, kind="nans", n=5),
@@ -119,7 +119,7 @@ CHECKS = (
             Case(4, 1500, 1400, 0, n=16),
             Case(4, 1500, 1500, 0, n=1, inplace=False),
             Case(4, 9001, 8997, 0, n=64, dtype=SINGLE, strided=True),
-            Case(4, 200, 133, 0, n=17, dtype=HALF, temperature=0.7),
+            Case(4, 200, 133, 0, n=17, dtype=HALF),
             Case(4, 40000, 39990, 0, n=4, inplace=False, strided=True),
         )
     }
@@ -127,7 +127,7 @@ CHECKS = (
         _name("head", case): (checks.check_head, (case, 16, 4))
         for case in (
             Case(10, 150, 140, 0, n=4),
-            Case(9, 150, 150, 0, n=16, dtype=SINGLE, temperature=0.8),
+            Case(9, 150, 150, 0, n=16, dtype=SINGLE),
         )
     }
     | {"too many": (too_many, ()), "backend": (backend_of, ())}

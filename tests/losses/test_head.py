@@ -7,11 +7,21 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.losses import FUSED_KINDS, DistillTargets, get_loss, head_loss, student_logprobs
+from megatron_opd.losses import (
+    LOSSES,
+    DistillTargets,
+    LossOptions,
+    VocabShard,
+    get_loss,
+    head_loss,
+    student_logprobs,
+)
 from tests.distributed import groups_of_two_and_four, run_distributed
 from tests.losses.test_memory import _peak
 
 TOKENS, HIDDEN, VOCAB, PADDED, K = 24, 16, 45, 48, 5
+FUSED_KINDS = [name for name, entry in LOSSES.items() if entry.fused_head]
+WHOLE = VocabShard.of(None, PADDED, VOCAB)
 
 
 def made() -> dict[str, Tensor]:
@@ -30,23 +40,22 @@ def made() -> dict[str, Tensor]:
         "teacher": -draw(TOKENS, K).abs(),
         "sampled": torch.randint(VOCAB, (TOKENS,), generator=generator),
         "teacher_sampled": -draw(TOKENS).abs(),
-        "importance": draw(TOKENS).abs(),
         "advantage": draw(TOKENS),
         "rollout": -draw(TOKENS).abs(),
     }
 
 
 def targets_of(x: dict[str, Tensor]) -> DistillTargets:
-    return DistillTargets(x["ids"], x["teacher"], x["sampled"], x["teacher_sampled"], importance=x["importance"])
+    return DistillTargets(x["ids"], x["teacher"], x["sampled"], x["teacher_sampled"])
 
 
 def plain(kind: str, x: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Loss, log-probs and gradients through whole logits, unsharded."""
     hidden, head = (x[name].clone().requires_grad_() for name in ("hidden", "head"))
     logits = hidden @ head.t()
-    own = student_logprobs(logits, x["sampled"][:, None], vocab_size=VOCAB)[:, 0]
+    own = student_logprobs(logits, x["sampled"][:, None], WHOLE)[:, 0]
     ratio = (own.detach() - x["rollout"]).exp().clamp(max=1.5)
-    total = get_loss(kind)(logits, targets_of(x), x["weight"] * ratio, vocab_size=VOCAB, inplace_backward=False)
+    total = get_loss(kind)(logits, targets_of(x), x["weight"] * ratio, WHOLE)
     total = total - (x["advantage"] * own).sum()
     (total * 0.3).backward()
     return total.detach(), own.detach(), hidden.grad, head.grad
@@ -60,15 +69,14 @@ def fused(kind: str, x: dict[str, Tensor], group: dist.ProcessGroup | None, sequ
     head = x["head"][rank * columns : (rank + 1) * columns].clone().requires_grad_()
     hidden = hidden.clone().requires_grad_()
     total, own = head_loss(
-        kind,
+        get_loss(kind),
         hidden,
         head,
         targets_of(x),
         x["weight"],
-        group,
-        vocab_size=VOCAB,
+        VocabShard.of(group, PADDED, VOCAB),
+        LossOptions(chunk_tokens=7),
         sequence_parallel=sequence,
-        chunk_tokens=7,
         advantage=x["advantage"],
         reweigh=lambda own, rows: (own - x["rollout"][rows]).exp().clamp(max=1.5),
     )
@@ -110,14 +118,14 @@ def test_the_fused_head_equals_the_plain_one(kind, size, sequence, results):
 @pytest.mark.parametrize("kind", ["full_reverse_kl", "forward_kl", "generalized_jsd"])
 def test_losses_over_the_whole_vocabulary_are_refused(kind):
     x = made()
-    with pytest.raises(ValueError, match=f"{kind} reads whole logits"):
-        head_loss(kind, x["hidden"], x["head"], targets_of(x), x["weight"])
+    with pytest.raises(ValueError, match=f"{type(get_loss(kind)).__name__} reads whole logits"):
+        head_loss(get_loss(kind), x["hidden"], x["head"], targets_of(x), x["weight"], WHOLE)
 
 
 def test_without_gradients_none_is_computed():
     x = made()
     with torch.no_grad():
-        total, own = head_loss("topk_reverse_kl", x["hidden"], x["head"], targets_of(x), x["weight"])
+        total, own = head_loss(get_loss("topk_reverse_kl"), x["hidden"], x["head"], targets_of(x), x["weight"], WHOLE)
     assert not total.requires_grad and own.shape == (TOKENS,)
 
 
@@ -128,15 +136,15 @@ def test_a_long_row_needs_less_than_a_quarter_of_the_memory():
     hidden = torch.randn(tokens, hidden_size).bfloat16().requires_grad_()
     ids = torch.randint(vocab, (tokens, 16))
     targets = DistillTargets(ids, torch.full(ids.shape, -3.0), ids[:, 0], torch.zeros(tokens))
-    weight = torch.ones(tokens)
+    weight, loss, shard = torch.ones(tokens), get_loss("topk_reverse_kl"), VocabShard.of(None, vocab)
 
     def with_logits():
-        loss = get_loss("topk_reverse_kl")(hidden @ head.t(), targets, weight, chunk_tokens=16)
-        return torch.autograd.grad(loss, (hidden, head))
+        options = LossOptions(16, inplace_backward=True)
+        return torch.autograd.grad(loss(hidden @ head.t(), targets, weight, shard, options), (hidden, head))
 
     def without_logits():
-        loss, _ = head_loss("topk_reverse_kl", hidden, head, targets, weight, chunk_tokens=64)
-        return torch.autograd.grad(loss, (hidden, head))
+        total, _ = head_loss(loss, hidden, head, targets, weight, shard, LossOptions(chunk_tokens=64))
+        return torch.autograd.grad(total, (hidden, head))
 
     whole, chunked = _peak(with_logits), _peak(without_logits)
     assert whole > tokens * vocab * 2

@@ -1,13 +1,12 @@
 """prune.after_drift: grpo against an independent implementation, written from the definition in float64."""
 
-from types import SimpleNamespace
-
 import torch
 
-from megatron_opd.losses import DistillTargets, get_loss
+from megatron_opd.config import parse_config
+from megatron_opd.losses import DistillTargets, VocabShard, get_loss
 from megatron_opd.scoring.judge import use_rewards
 from megatron_opd.training.microbatch import MicroBatch
-from megatron_opd.training.step import TrainingStep
+from megatron_opd.training.objective import Objective
 from megatron_opd.types import Prompt, Rollout, ScoredBatch
 
 V, K = 23, 4
@@ -66,26 +65,26 @@ def test_gradient_is_distillation_before_and_policy_gradient_behind_the_drift_po
         torch.zeros(length, dtype=torch.int64),
         None,
         targets,
+        sampled,
         weight,
         torch.zeros(length),
         torch.ones(length, dtype=torch.bool),
         advantage,
     )
-    student = SimpleNamespace(layout=SimpleNamespace(groups=SimpleNamespace(tp=None)), vocab_size=V)
-    step = object.__new__(TrainingStep)
-    step.trainer = SimpleNamespace(student=student)
-    step.config = SimpleNamespace(loss=SimpleNamespace(chunk_tokens=4, fused_head=False), loss_k=K)
-    step.loss, step.measure_gap = get_loss("topk_reverse_kl"), False
+    models = {"student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "c.jsonl"}}
+    config = parse_config({**models, "loss": {"k": K, "chunk_tokens": 4}})
+    objective = Objective(get_loss("topk_reverse_kl"), config, VocabShard.of(None, V), denominator)
     own = logits.clone().requires_grad_()
-    loss = step._loss(own, micro, denominator)[0]
+    loss, sums = objective.of_logits(own, micro)
     loss.backward()
+    assert sums.loss == loss
 
     z = logits.clone().requires_grad_()
     logp = z.log_softmax(-1)
     candidates = logp.gather(1, ids)
     share = candidates.detach().softmax(-1)
     reward = share * (targets.teacher_logprobs.double() - candidates.detach())
-    objective = -(weight.double()[:, None] * reward * candidates).sum()
-    objective = objective - (advantage.double() * logp.gather(1, sampled[:, None])[:, 0]).sum()
-    (objective / denominator).backward()
+    expected = -(weight.double()[:, None] * reward * candidates).sum()
+    expected = expected - (advantage.double() * logp.gather(1, sampled[:, None])[:, 0]).sum()
+    (expected / denominator).backward()
     torch.testing.assert_close(own.grad, z.grad, rtol=1e-5, atol=1e-9)

@@ -9,8 +9,7 @@ from torch import Tensor
 
 from benchmark.gpu_common import Bench, K, Report
 from megatron_opd.kernels import kernel_backend, shard_stats, topk_loss_backward_
-from megatron_opd.losses import DistillTargets, get_loss
-from megatron_opd.losses.head import head_loss
+from megatron_opd.losses import DistillTargets, LossOptions, VocabShard, get_loss, head_loss
 
 CHECKED = 64  # rows whose values are compared before anything is timed
 
@@ -144,15 +143,16 @@ def _loss(bench: Bench, tokens: int, way: str) -> dict[str, Any]:
         student_ids=ids, teacher_logprobs=teacher, sampled_ids=ids[:, 0], teacher_sampled_logprobs=teacher[:, 0]
     )
     weight = torch.ones(tokens, device=bench.device)
-    loss = get_loss("topk_reverse_kl")
+    loss, shard = get_loss("topk_reverse_kl"), VocabShard.of(None, vocab)
+    options = LossOptions(chunk, inplace_backward=True)
     values: list[Tensor] = []
 
     def work() -> None:
         hidden.grad = head.grad = None
         if way == "fused":
-            total = head_loss("topk_reverse_kl", hidden, head, targets, weight, vocab_size=vocab, chunk_tokens=chunk)[0]
+            total = head_loss(loss, hidden, head, targets, weight, shard, options)[0]
         else:
-            total = loss(hidden @ head.t(), targets, weight, vocab_size=vocab, chunk_tokens=chunk)
+            total = loss(hidden @ head.t(), targets, weight, shard, options)
         (total / tokens).backward()
         values[:] = [total.detach() / tokens]
 

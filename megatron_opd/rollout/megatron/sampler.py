@@ -72,7 +72,7 @@ def sample(
     if shard <= 2048:  # one call instead of a search by blocks
         values, ids = (column[:, :width] for column in x.sort(dim=-1, descending=True, stable=True))
     else:
-        values, ids = vocab_parallel_topk(x, width, None)
+        values, ids = vocab_parallel_topk(x, width)
     peak = values[:, :1].double().clamp(min=-1e300)  # a shard of padding alone has no finite maximum
     wide = x.double()
     mass = (wide - peak).exp().sum(-1, keepdim=True)

@@ -1,0 +1,136 @@
+"""What one micro-batch is trained on, and the sums that a step is reported by.
+
+    loss = sum over tokens of (prune weight x importance weight x distillation loss - advantage x log p(sampled token))
+           / response tokens of the global batch
+
+The prune weight is the method's, the importance weight corrects for a sampler that is not quite the trainer, and the
+advantage, of the verifier's reward, takes over past the drift point. On the way the gap between both is measured.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from megatron_opd.config import Config, ConfigError
+from megatron_opd.losses import (
+    Loss,
+    LossOptions,
+    VocabShard,
+    get_loss,
+    head_loss,
+    student_logprobs,
+    vocab_parallel_logprobs,
+)
+from megatron_opd.training.microbatch import MicroBatch
+
+
+def build_loss(config: Config) -> Loss:
+    """The loss that the config names, with its parameters.
+
+    Raises ConfigError where it does not exist, refuses its parameters, or does not go with the rest of the config.
+    """
+    loss = get_loss(config.loss.kind, config.loss.parameters)
+    problems = config.loss_problems(loss.reads, loss.fused_head)
+    if problems:
+        raise ConfigError("; ".join(problems))
+    return loss
+
+
+@dataclass(frozen=True)
+class Sums:
+    """Of one micro-batch, on its device, in float64; of a step, over all ranks, as numbers."""
+
+    loss: Tensor | float
+    gap: Tensor | float = 0.0  # |rollout - student| log-prob of the sampled tokens, nats
+    gap_above: Tensor | float = 0.0  # tokens whose gap is above rollout.gap_threshold
+    gap_tokens: Tensor | float = 0.0  # tokens whose gap was measured
+    gap_max: Tensor | float = 0.0  # the largest gap: a maximum, not a sum
+
+    @classmethod
+    def over_ranks(cls, parts: list[Sums], device: torch.device) -> Sums:
+        """The step's, from the micro-batches of every rank that owns results; others give none. Collective."""
+        summed = torch.zeros(len(fields(cls)) - 1, dtype=torch.float64, device=device)
+        largest = torch.zeros(1, dtype=torch.float64, device=device)
+        for part in parts:
+            columns = [torch.as_tensor(getattr(part, f.name), dtype=torch.float64, device=device) for f in fields(cls)]
+            summed += torch.stack(columns[:-1])
+            largest = torch.maximum(largest, columns[-1])
+        dist.all_reduce(summed)
+        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+        return cls(*summed.tolist(), *largest.tolist())
+
+
+class Objective:
+    """The loss of a micro-batch from the student's logits, or from its hidden states where the head is fused."""
+
+    def __init__(self, loss: Loss, config: Config, shard: VocabShard, response_tokens: int) -> None:
+        """response_tokens: of the global batch; pruned ones count too, since the method does not renormalise."""
+        self.loss, self.shard, self.response_tokens = loss, shard, response_tokens
+        self.chunk_tokens, self.k = config.loss.chunk_tokens, config.loss_k
+        self.importance_clip, self.gap_threshold = config.rollout.importance_clip, config.rollout.gap_threshold
+        self.measures_gap = measures_gap(config)
+
+    def of_logits(self, logits: Tensor, micro: MicroBatch) -> tuple[Tensor, Sums]:
+        """logits [T, vocab / tp] -> the loss, a scalar, and the sums."""
+        weight, gap = micro.weight, {}
+        sampled = micro.sampled[:, None]
+        if self.measures_gap:
+            own = vocab_parallel_logprobs(logits.detach(), sampled, self.shard)[:, 0]
+            gap = self._gap(own, micro)
+            if self.importance_clip is not None:
+                weight = weight * self._importance(own, micro, slice(None))
+        options = LossOptions(self.chunk_tokens, inplace_backward=micro.advantage is None)
+        total = self.loss(logits, micro.targets.first(self.k), weight, self.shard, options)
+        if micro.advantage is not None:
+            own = student_logprobs(logits, sampled, self.shard, self.chunk_tokens)
+            total = total - (micro.advantage * own[:, 0]).sum()
+        return self._finished(total, gap)
+
+    def of_hidden(
+        self, hidden: Tensor, head: Tensor, micro: MicroBatch, sequence_parallel: bool
+    ) -> tuple[Tensor, Sums]:
+        """hidden [T, hidden size], T / tp with sequence parallelism; head [vocab / tp, hidden size] -> as above."""
+        clipped = self.importance_clip is not None
+        total, own = head_loss(
+            self.loss,
+            hidden,
+            head,
+            micro.targets.first(self.k),
+            micro.weight,
+            self.shard,
+            LossOptions(self.chunk_tokens),
+            sequence_parallel=sequence_parallel,
+            advantage=micro.advantage,
+            reweigh=(lambda own, rows: self._importance(own, micro, rows)) if clipped else None,
+        )
+        return self._finished(total, self._gap(own, micro) if self.measures_gap else {})
+
+    def _finished(self, total: Tensor, gap: dict[str, Tensor | float]) -> tuple[Tensor, Sums]:
+        loss = total / self.response_tokens
+        return loss, Sums(loss.detach().double(), **gap)
+
+    def _gap(self, own: Tensor, micro: MicroBatch) -> dict[str, Tensor | float]:
+        """How far the student's log-probs of the sampled tokens, `own` [T], are from the sampler's."""
+        gap = (own - micro.rollout_logprobs)[micro.predicts].abs()
+        return {
+            "gap": gap.sum(),
+            "gap_above": (gap > self.gap_threshold).sum(),
+            "gap_tokens": gap.numel(),
+            "gap_max": gap.max() if gap.numel() else 0.0,
+        }
+
+    def _importance(self, own: Tensor, micro: MicroBatch, rows: slice) -> Tensor:
+        """Truncated importance weights, trainer over sampler, of these tokens; 1 where no response token is
+        predicted."""
+        ratio = (own - micro.rollout_logprobs[rows]).exp().clamp(max=self.importance_clip)
+        return torch.where(micro.predicts[rows], ratio, 1.0)
+
+
+def measures_gap(config: Config) -> bool:
+    """Whether the gap between rollout and student log-probs is known after a step: the student's own sampler has
+    none."""
+    return config.rollout.engine != "megatron" or config.rollout.importance_clip is not None
