@@ -17,7 +17,7 @@ MOVED = {
     "losses.gathered": "losses.candidates",
     "models.bridge": "weights.bridge",
     "models.converted": "weights.converted",
-    "models.hf_export": "weights.hf_export",
+    "models.hf_export": "weights.export",
     "models.hf_files": "weights.hf_files",
     "models.parameters": "weights.parameters",
     "models.platform": "compat.cpu_platform",
@@ -30,6 +30,7 @@ MOVED = {
     "training.guard": "runtime.guard",
     "training.lock": "runtime.lock",
     "training.precision_shift": "commands.precision_shift",
+    "weights.hf_export": "weights.export",
 }
 
 

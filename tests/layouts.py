@@ -12,7 +12,8 @@ from megatron.core import parallel_state
 
 from megatron_opd.compat.cpu_platform import apply_cpu_platform
 from megatron_opd.config import ModelConfig, ParallelConfig, TeacherConfig
-from megatron_opd.models.build import Model, build_model
+from megatron_opd.models.build import build_model
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.groups import student_layout, teacher_layout
 from tests.distributed import destroy_groups
 

@@ -70,6 +70,18 @@ def test_imports_go_upward_only(path):
             assert FLOOR_OF[other] <= FLOOR_OF[place], f"{place} imports {name}, from a row below it"
 
 
+def test_no_circle_of_imports():
+    """Also among the modules of one row: each is understood without the ones that use it."""
+    named = {f"megatron_opd.{'.'.join(path.relative_to(PACKAGE).with_suffix('').parts)}": path for path in MODULES}
+    needs = {
+        name: {other for text in imports(path) for other in (text, text.rpartition(".")[0]) if other in named} - {name}
+        for name, path in named.items()
+    }
+    while free := {name for name, others in needs.items() if not others}:
+        needs = {name: others - free for name, others in needs.items() if name not in free}
+    assert not needs, f"modules that import each other: {sorted(needs)}"
+
+
 @pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(PACKAGE)))
 def test_what_each_row_never_imports(path):
     row, found = row_of(path), names(path)

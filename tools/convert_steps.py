@@ -18,8 +18,9 @@ from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeE
 
 from megatron_opd.config import ConfigError, ModelConfig, ParallelConfig
 from megatron_opd.data.tokenizer import TokenizerError, load_tokenizer
-from megatron_opd.models.build import Model, build_model
+from megatron_opd.models.build import build_model
 from megatron_opd.models.compare import difference, load_transformers, megatron_logits, transformers_logits
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import all_gather, from_rank_0, is_rank_0, together
 from megatron_opd.parallel.groups import teacher_layout
 from megatron_opd.weights.bridge import read_hf_config
@@ -30,10 +31,10 @@ from megatron_opd.weights.converted import (
     read_manifest,
     save_converted,
 )
-from megatron_opd.weights.hf_export import EMBEDDING, OUTPUT, planned_tensors, save_hf
-from megatron_opd.weights.hf_files import HFTensors, ModelFileError, parse_size
-from megatron_opd.weights.loading import check_names, load_hf_weights
-from megatron_opd.weights.parameters import local_parameters, model_names
+from megatron_opd.weights.export import planned_tensors, save_hf
+from megatron_opd.weights.hf_files import EMBEDDING, HEAD, HFTensors, ModelFileError, parse_size
+from megatron_opd.weights.loading import check_names, load_hf
+from megatron_opd.weights.parameters import hf_names
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp32": torch.float32}
 DEFAULT_TOLERANCE = {"fp32": 1e-5, "bf16": 5e-2}
@@ -58,10 +59,9 @@ def import_(args: argparse.Namespace) -> int:
     say(f"{args.hf}: {config.model_type}, {size / 2**30:.2f} GiB as {precision}, tensor {args.tp} x pipeline {args.pp}")
     meter = Meter()
     model = build(args, args.hf, precision)
-    groups = model.layout.groups
     with progress_bar("reading", shard_bytes(model)) as advance:
-        load_hf_weights(model.chunks, args.hf, model.bridge, groups, args.allow_pickle, advance)
-    save_converted(model.chunks, model.bridge, groups, args.hf, args.out, notes)
+        load_hf(model, args.hf, args.allow_pickle, advance)
+    save_converted(model, args.hf, args.out, notes)
     meter.report(shard_bytes(model))
     say(f"wrote {args.out}")
     return 0
@@ -80,17 +80,14 @@ def export_(args: argparse.Namespace) -> int:
     meter = Meter()
     precision = next(name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{manifest['dtype']}")
     model = build(args, args.megatron, precision)
-    groups = model.layout.groups
-    load_converted(model.chunks, args.megatron, model.bridge, groups)
-    plan = planned_tensors(model.chunks, model.bridge, groups)
+    load_converted(model, args.megatron)
+    plan = planned_tensors(model)
     size = sum(math.prod(shape) * dtype.itemsize for shape, dtype in plan.values())
     with together():
         check_space(args.out, size)
     with progress_bar("writing", size) as advance:
         save_hf(
-            model.chunks,
-            model.bridge,
-            groups,
+            model,
             args.megatron,
             args.out,
             max_shard_bytes=limit,
@@ -112,11 +109,7 @@ def verify_(args: argparse.Namespace) -> int:
             raise ModelFileError(f"{args.hf} has {vocabularies[0]} tokens, {args.megatron} {vocabularies[1]}")
         texts = make_texts(args, vocabularies[0])
     model = build(args, args.megatron, args.dtype, load=True)
-    names = model_names(
-        (p for p, _ in local_parameters(model.chunks, model.bridge, model.layout.groups)),
-        model.bridge,
-        model.layout.groups,
-    )
+    names = hf_names(model)
     reference: Any = None
     with together():
         with HFTensors(args.hf, args.allow_pickle) as files:
@@ -162,7 +155,7 @@ def plan_import(files: HFTensors, dtype: str | None, tied: bool) -> tuple[str, d
         notes["dtypes"] = {name: kind for name, kind in found.items() if kind != most}
     elif precision == "bf16" and (rounded := sum(kind != "BF16" for kind in found.values())):
         say(f"note: --dtype bf16 rounds {rounded} of {len(found)} tensors; an export will not give them back")
-    if tied and OUTPUT in found:
+    if tied and HEAD in found:
         notes["tied_copy"] = True
         if is_rank_0():
             check_tied(files)
@@ -173,13 +166,13 @@ def check_tied(files: HFTensors) -> None:
     """Raises ModelFileError where a stored output layer is not the embedding that the config says it is."""
     shape = files.tensors[EMBEDDING].shape
     step = max(1, (16 << 20) // (shape[1] * 4))
-    equal = files.tensors[OUTPUT].shape == shape and all(
-        torch.equal(files.read(OUTPUT, rows), files.read(EMBEDDING, rows))
+    equal = files.tensors[HEAD].shape == shape and all(
+        torch.equal(files.read(HEAD, rows), files.read(EMBEDDING, rows))
         for rows in ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
     )
     if not equal:
         raise ModelFileError(
-            f"{files.tensors[OUTPUT].file}: {OUTPUT} differs from {EMBEDDING}, although config.json ties them; set "
+            f"{files.tensors[HEAD].file}: {HEAD} differs from {EMBEDDING}, although config.json ties them; set "
             "tie_word_embeddings to false there if the model has an output layer of its own"
         )
 
@@ -226,7 +219,7 @@ def build(args: argparse.Namespace, directory: Path, precision: str, load: bool 
     with together():
         keys: dict[str, Any] = {"precision": precision, "allow_pickle": pickled}
         config = ModelConfig(model=str(directory), parallel=parallel, **keys)
-        return build_model("convert", config, teacher_layout(parallel), torch.device("cpu"), weights=load)
+        return build_model("convert", config, teacher_layout(parallel), torch.device("cpu"), load=load)
 
 
 def shard_bytes(model: Model) -> int:

@@ -19,11 +19,11 @@ from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron_opd.checkpoint import directory
 from megatron_opd.checkpoint.directory import Found
 from megatron_opd.checkpoint.rng import rng_state, set_rng_state
-from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, set_adam_step, weight_entries
+from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, parameter_entries, set_adam_step
 from megatron_opd.checkpoint.writer import ShardWriter
 from megatron_opd.config import Config
 from megatron_opd.errors import RepeatingError, describe
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import all_gather, is_rank_0, on_rank_0, together
 from megatron_opd.weights.converted import copy_side_files, load_converted, manifest_of, root_cause
 from megatron_opd.weights.hf_files import ModelFileError
@@ -73,7 +73,7 @@ class Checkpointer:
         self.failures = 0  # in a row
         self.problem = ""
         self.seconds = 0.0  # that training has waited for saves, since `take_seconds`
-        self._weights, self._optimizer = ShardWriter(), ShardWriter()
+        self._parameters, self._optimizer = ShardWriter(), ShardWriter()
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
         self._owed = False  # a save that failed or had to wait for the previous one
@@ -162,7 +162,7 @@ class Checkpointer:
             self._failed(step, str(error))
             return
         optimizer = self.trainer.optimizer
-        weights = self._weights.prepare(weight_entries(self.student), background)
+        parameters = self._parameters.prepare(parameter_entries(self.student), background)
         moments = self._optimizer.prepare(optimizer_entries(self.student, optimizer, loading=False), background)
         text = json.dumps(
             {
@@ -178,7 +178,7 @@ class Checkpointer:
                 copy_side_files(self.config.student.model, partial, self.student.config.params_dtype)
                 (partial / directory.STATE).write_text(text, encoding="utf-8")
             return (
-                self._weights.write(weights, partial / directory.WEIGHTS),
+                self._parameters.write(parameters, partial / directory.PARAMETERS),
                 self._optimizer.write(moments, partial / directory.OPTIMIZER),
             )
 
@@ -215,11 +215,10 @@ class Checkpointer:
     def _seal(self, save: _Save, results: list[Any]) -> None:
         if not is_rank_0():
             return
-        self._weights.finish([weights for weights, _ in results], save.partial / directory.WEIGHTS)
+        self._parameters.finish([parameters for parameters, _ in results], save.partial / directory.PARAMETERS)
         self._optimizer.finish([moments for _, moments in results], save.partial / directory.OPTIMIZER)
-        groups, bridge = self.student.layout.groups, self.student.bridge
         notes = {"step": save.step, "model": _shapes(self.student), "world": dist.get_world_size()}
-        manifest = manifest_of(bridge, groups) | {"checkpoint": notes}
+        manifest = manifest_of(self.student) | {"checkpoint": notes}
         directory.seal(save.partial, directory.final_path(self.root, save.step), manifest)
         directory.remove_old(self.root, self.settings.keep_last, self.settings.keep_every)
 
@@ -276,11 +275,11 @@ class Checkpointer:
         with together():  # before the collective reading, in which a rank must not be alone with its error
             try:
                 state = json.loads((path / directory.STATE).read_text(encoding="utf-8"))
-                for part in (directory.WEIGHTS, directory.OPTIMIZER):
+                for part in (directory.PARAMETERS, directory.OPTIMIZER):
                     (path / part / ".metadata").read_bytes()
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: {error}") from error
-        load_converted(student.chunks, path, student.bridge, student.layout.groups)
+        load_converted(student, path)
         with together():
             entries = optimizer_entries(student, optimizer, loading=True)
             try:
@@ -297,7 +296,7 @@ class Checkpointer:
 
 def _make_partial(partial: Path) -> None:
     shutil.rmtree(partial, ignore_errors=True)
-    for part in (directory.WEIGHTS, directory.OPTIMIZER):
+    for part in (directory.PARAMETERS, directory.OPTIMIZER):
         (partial / part).mkdir(parents=True)
 
 

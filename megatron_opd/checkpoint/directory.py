@@ -2,7 +2,7 @@
 
     RUN/checkpoints/step_000020/    also a converted directory: `--checkpoint`, `student.model` and
                                     `tools/convert.py export` take it
-        megatron/                   the student's weights
+        megatron/                   the student's parameters
         optimizer/                  Adam's moments and fp32 parameters
         state.json                  step, budget, data position, totals, scheduler, random number generators
         config.json, tokenizer, ... of the student
@@ -24,7 +24,7 @@ from typing import Any
 
 from megatron_opd.weights.converted import CHECKPOINT, MANIFEST
 
-WEIGHTS = CHECKPOINT
+PARAMETERS = CHECKPOINT
 OPTIMIZER = "optimizer"
 STATE = "state.json"
 _NAME = re.compile(r"step_(\d{6,})")

@@ -14,10 +14,9 @@ from dataclasses import dataclass, replace
 import torch
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.weights.converted import checkpoint_key, shard_parts, sharded_entries
 from megatron_opd.weights.parameters import WHOLE, Parameter, local_parameters, tensor_group
 
@@ -27,17 +26,14 @@ MAIN = "main"  # the fp32 copy of a parameter of lower precision
 Entries = dict[str, ShardedTensor]
 
 
-def weight_entries(student: Model) -> Entries:
+def parameter_entries(student: Model) -> Entries:
     """The student's parameters, for saving."""
-    groups = student.layout.groups
-    parameters = local_parameters(student.chunks, student.bridge, groups)
-    return _spread(sharded_entries(parameters, student.bridge, groups, loading=False), groups)
+    return _spread(sharded_entries(local_parameters(student), student, loading=False), student)
 
 
 def optimizer_entries(student: Model, optimizer: MegatronOptimizer, loading: bool) -> Entries:
     """The optimizer's tensors; when loading, those to fill. They are made where the optimizer has not run yet."""
-    groups, bridge = student.layout.groups, student.bridge
-    described = local_parameters(student.chunks, bridge, groups)
+    described = local_parameters(student)
     trained = [parameter for chunk in student.chunks for parameter in chunk.parameters()]
     holders = base_optimizers(optimizer)
     for holder in holders:
@@ -53,9 +49,9 @@ def optimizer_entries(student: Model, optimizer: MegatronOptimizer, loading: boo
                 flat |= _flat_entries(kind, parameter, state, slot.start, student)
     entries: Entries = {}
     for kind, parameters in shaped.items():
-        found = sharded_entries(parameters, bridge, groups, loading)
+        found = sharded_entries(parameters, student, loading)
         entries |= {f"{kind}/{name}": replace(entry, key=f"{kind}/{entry.key}") for name, entry in found.items()}
-    return flat | (entries if loading else _spread(entries, groups))
+    return flat | (entries if loading else _spread(entries, student))
 
 
 def base_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
@@ -134,11 +130,11 @@ def _make_state(adam: torch.optim.Optimizer) -> None:
 def _flat_entries(kind: str, parameter: Parameter, flat: Tensor, start: int, student: Model) -> Entries:
     """A flat range of a local parameter as rectangles of the whole one."""
     entries: Entries = {}
-    group = tensor_group(parameter, student.layout.groups)
+    group = tensor_group(parameter, student)
     stop = start + flat.numel()
     outline = torch.empty(parameter.shape, dtype=flat.dtype, device="meta")
-    key = f"{kind}/{checkpoint_key(parameter, student.bridge)}"
-    for part, offsets, whole in shard_parts(parameter, outline, group.rank(), group.size(), student.bridge):
+    key = f"{kind}/{checkpoint_key(parameter, student)}"
+    for part, offsets, whole in shard_parts(parameter, outline, student):
         first = int(part.storage_offset())  # each part is a run of whole rows
         low, high = max(start, first), min(stop, first + part.numel())
         for row, column, shape in _rectangles(low - first, high - first, part.shape):
@@ -179,11 +175,11 @@ def _rectangles(low: int, high: int, shape: Sequence[int]) -> Iterator[tuple[int
         yield low // width, 0, (1, high - low)
 
 
-def _spread(entries: Entries, groups: ProcessGroupCollection) -> Entries:
+def _spread(entries: Entries, student: Model) -> Entries:
     """Lets data-parallel replicas take turns in writing what all of them hold."""
     spread = {}
     for turn, (name, entry) in enumerate(entries.items()):
-        size = (groups.expt_dp if ".mlp.experts." in entry.key else groups.dp_cp).size()
+        size = (student.groups.expt_dp if ".mlp.experts." in entry.key else student.groups.dp_cp).size()
         *others, replica = entry.replica_id  # type: ignore[misc]
         spread[name] = replace(entry, replica_id=(*others, (replica - turn) % size))
     return spread

@@ -19,7 +19,7 @@ from megatron_opd.config import Config
 from megatron_opd.data.prompts import load_eval_prompts, load_prompts
 from megatron_opd.data.tokenizer import Tokenizer
 from megatron_opd.evaluation.verifiers import VerifierPool, reference_problems
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.prune import drift_events
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.rollout.factory import hf_stream, make_engine

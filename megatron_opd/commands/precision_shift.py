@@ -24,7 +24,8 @@ from torch.nn.utils.rnn import pad_sequence
 from megatron_opd.commands.doctor import sample_responses
 from megatron_opd.config import Config, ConfigError, ModelConfig
 from megatron_opd.data.tokenizer import Tokenizer
-from megatron_opd.models.build import Model, build_model, check_layout
+from megatron_opd.models.build import build_model, check_layout
+from megatron_opd.models.model import Model
 from megatron_opd.models.specs import use_transformer_engine
 from megatron_opd.parallel.groups import Layout, student_layout, teacher_layout
 from megatron_opd.prune import drift_events, from_events

@@ -1,12 +1,8 @@
-"""Builds a student or a teacher: Megatron-Core's GPTModel in its own layout, with its weights."""
+"""Builds a student or a teacher: Megatron-Core's GPTModel in its own layout, with its parameters."""
 
 from __future__ import annotations
 
 import json
-import math
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -15,71 +11,15 @@ from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
 from megatron_opd.config import ConfigError, ModelConfig
-from megatron_opd.kernels import VocabShard
-from megatron_opd.models.fp8 import drop_weight_copies, learn_scales, shape_problems, token_block
-from megatron_opd.models.packed import PackedRotary, PackedRow, pack_row
+from megatron_opd.models.fp8 import shape_problems
+from megatron_opd.models.fp8_scales import learn_scales
+from megatron_opd.models.model import Model
+from megatron_opd.models.packed import PackedRotary
 from megatron_opd.models.specs import block_spec, use_transformer_engine
-from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.groups import Layout
 from megatron_opd.weights.bridge import load_bridge
-from megatron_opd.weights.loading import load_model_weights
+from megatron_opd.weights.loading import load_parameters
 from megatron_opd.weights.parameters import WHOLE, local_parameters
-
-
-@dataclass
-class Model:
-    """A model as this rank holds it."""
-
-    name: str  # student or teacher
-    chunks: list[GPTModel]  # one, or one per virtual pipeline stage
-    config: Any  # Megatron-Core's TransformerConfig
-    layout: Layout
-    bridge: Any  # mbridge's names and tensor formats
-    vocab_size: int  # of the tokenizer: what lies beyond is padding
-    padded_vocab_size: int
-    device: torch.device
-    transformer_engine: bool
-    offload: bool = False  # parameters live in host memory outside `resident`
-
-    @property
-    def vocab_shard(self) -> VocabShard:
-        """The part of the vocabulary that this rank's logits cover."""
-        return VocabShard.of(self.layout.groups.tp, self.padded_vocab_size, self.vocab_size)
-
-    @contextmanager
-    def resident(self) -> Iterator[None]:
-        """The parameters are on the device inside; with `teacher.offload` they go back to host memory afterwards."""
-        if self.offload:
-            self.move(self.device)
-        try:
-            yield
-        finally:
-            if self.offload:
-                self.move(torch.device("cpu"))
-                drop_weight_copies(self.chunks)
-                torch.cuda.empty_cache()
-
-    def move(self, device: torch.device) -> None:
-        for chunk in self.chunks:
-            chunk.to(device)
-
-    @property
-    def row_multiple(self) -> int:
-        """Rows are padded to a multiple of this: sequence parallelism splits them evenly, FP8 wants whole blocks."""
-        split = self.layout.parallel.tensor if self.config.sequence_parallel else 1
-        split *= 2 * self.layout.parallel.context if self.layout.parallel.context > 1 else 1
-        return split * token_block(self.config)
-
-    def row(self, lengths: list[int], multiple: int = 1) -> tuple[PackedRow, int]:
-        """A row of whole sequences for this model (this rank's part under context parallelism, where each sequence is
-        padded to split evenly), and its tokens, those of all context-parallel ranks, with padding (a last sequence of
-        its own) to a multiple of `row_multiple` and of `multiple`."""
-        context = self.layout.context
-        lengths = [padded_length(n, context[1]) for n in lengths]
-        tokens = sum(lengths)
-        padding = -tokens % math.lcm(self.row_multiple, multiple)
-        lengths = [*lengths, padding] if padding else lengths
-        return pack_row(lengths, self.device, self.transformer_engine, context), tokens + padding
 
 
 def read_hf_config(directory: str, key: str) -> dict[str, Any]:
@@ -132,12 +72,13 @@ def check_layout(name: str, model: ModelConfig, world_size: int | None = None) -
         raise ConfigError("\n".join(problems))
 
 
-def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.device, weights: bool = True) -> Model:
-    """Builds this rank's chunks and loads the weights. Collective over the model's ranks.
+def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.device, load: bool = True) -> Model:
+    """Builds this rank's chunks and, unless `load` is false, fills them from `model.model`. Collective over its ranks.
 
     Raises:
         ConfigError: a layout that does not divide, FP8 or Transformer Engine where it cannot run, an unknown
-            architecture, weights that do not match.
+            architecture.
+        ModelFileError: parameters that do not match.
     """
     check_layout(name, model)
     cpu = device.type == "cpu"
@@ -175,24 +116,24 @@ def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.dev
         bridge.apply_rope([chunk])
         chunk.rotary_pos_emb = PackedRotary(chunk.rotary_pos_emb)
         chunks.append(chunk if cpu else chunk.cuda())
-    mark_sharded(chunks, bridge, groups)
-    if weights:
-        load_model_weights(chunks, model.model, bridge, groups, allow_pickle=model.allow_pickle)
     built = Model(name, chunks, config, layout, bridge, vocab_size, padded, device, transformer_engine)
+    mark_sharded(built)
+    if load:
+        load_parameters(built, model.model, model.allow_pickle)
     if model.fp8 and model.fp8_recipe == "delayed":
         learn_scales(built)
     return built
 
 
-def mark_sharded(chunks: list[GPTModel], bridge: Any, groups: Any) -> None:
+def mark_sharded(model: Model) -> None:
     """Marks the parameters that tensor ranks share out: the gradient norm counts the others on one rank alone.
 
-    Megatron-Core marks them while it initialises weights, which is skipped here.
+    Megatron-Core marks them while it initialises parameters, which is skipped here.
     """
-    parameters = [parameter for chunk in chunks for parameter in chunk.parameters()]
-    for (described, _), parameter in zip(local_parameters(chunks, bridge, groups), parameters, strict=True):
+    tensors = [tensor for chunk in model.chunks for tensor in chunk.parameters()]
+    for (described, _), tensor in zip(local_parameters(model), tensors, strict=True):
         if described.split != WHOLE:
-            parameter.tensor_model_parallel = True
+            tensor.tensor_model_parallel = True
 
 
 def _config_overrides(model: ModelConfig, dtype: torch.dtype, cpu: bool) -> dict[str, Any]:
@@ -206,7 +147,7 @@ def _config_overrides(model: ModelConfig, dtype: torch.dtype, cpu: bool) -> dict
         "calculate_per_token_loss": True,  # our losses are already divided by the global token count
         "deallocate_pipeline_outputs": True,
         "use_cpu_initialization": cpu,
-        "perform_initialization": False,  # the weights are loaded
+        "perform_initialization": False,  # the parameters are loaded
         "masked_softmax_fusion": False,
         "gradient_accumulation_fusion": False,
         "bias_dropout_fusion": not cpu,

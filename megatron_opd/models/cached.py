@@ -10,8 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.models.build import Model
-from megatron_opd.models.fp8 import renew_weights, token_block
+from megatron_opd.models.fp8 import renew_fp8_copies, token_block
+from megatron_opd.models.model import Model
 from megatron_opd.models.packed import KVCache, PackedRow, decode_row, prefill_row
 
 
@@ -53,7 +53,7 @@ class CachedForward:
     def session(self) -> Iterator[None]:
         """Evaluation mode, no gradients, sequence parallelism off (a decode step has too few tokens to split)."""
         chunks = self.model.chunks
-        renew_weights(chunks)  # an optimizer step may lie behind the last pass
+        renew_fp8_copies(chunks)  # an optimizer step may lie behind the last pass
         training = [chunk.training for chunk in chunks]
         sequence = self.model.config.sequence_parallel
         hooks = [

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 
 
 @dataclass(frozen=True)

@@ -4,32 +4,26 @@ Read from the sources of Transformer Engine 2.9 to 2.11 and Megatron-Core 0.16.1
 
 - Products in FP8 take tokens and widths in whole blocks (`TOKEN_BLOCK`, `WIDTH_BLOCK`); anything else is an assertion
   deep inside, or with sequence parallelism a failed all-gather.
-- Megatron-Core's layers keep the FP8 copy of a weight until `is_first_microbatch` is set again, which its schedules do.
-  Passes outside of a schedule, those of generation, must do so themselves or they run on the parameters of the step
-  before (`renew_weights`).
-- Delayed scaling takes its scales from earlier passes in training, and begins with 1 (`learn_scales`).
+- Megatron-Core's layers keep the FP8 copy of a parameter until `is_first_microbatch` is set again, which its schedules
+  do. Passes outside of a schedule, those of generation, must do so themselves or they run on the parameters of the step
+  before (`renew_fp8_copies`).
+- Delayed scaling takes its scales from earlier passes in training, and begins with 1 (`models/fp8_scales.py`).
 """
 
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
-from torch import Tensor
 
 from megatron_opd.config import ConfigError, ModelConfig
-from megatron_opd.parallel.schedule import run_schedule
-
-if TYPE_CHECKING:
-    from megatron_opd.models.build import Model
 
 # Tokens of a row, on each tensor rank, must be a multiple of this. 128: what blockwise scaling sends between ranks.
 TOKEN_BLOCK = {"delayed": 16, "tensorwise": 16, "blockwise": 128, "mxfp8": 32}
 WIDTH_BLOCK = {"delayed": 16, "tensorwise": 16, "blockwise": 16, "mxfp8": 32}
-_LEARNING_TOKENS = 1024
 
 
 def token_block(config: TransformerConfig) -> int:
@@ -104,21 +98,21 @@ def shape_problems(name: str, model: ModelConfig, hf: dict[str, Any]) -> list[st
     ]
 
 
-def renew_weights(chunks: Iterable[torch.nn.Module]) -> None:
-    """The next pass makes its FP8 copies of the weights anew. For passes outside of Megatron-Core's schedules."""
+def renew_fp8_copies(chunks: Iterable[torch.nn.Module]) -> None:
+    """The next pass makes its FP8 copies of the parameters anew. For passes outside of Megatron-Core's schedules."""
     for chunk in chunks:
         chunk.set_is_first_microbatch()  # type: ignore[operator]  # does nothing without FP8
 
 
-def drop_weight_copies(chunks: Iterable[torch.nn.Module]) -> None:
-    """Frees the FP8 copies of the weights; they stay on the GPU when the parameters leave it."""
+def drop_fp8_copies(chunks: Iterable[torch.nn.Module]) -> None:
+    """Frees the FP8 copies of the parameters; they stay on the GPU when the parameters themselves leave it."""
     for chunk in chunks:
         for module in chunk.modules():
             getattr(module, "_fp8_workspaces", {}).clear()
 
 
 def fuse_gradient_accumulation(chunks: Iterable[torch.nn.Module]) -> None:
-    """Weight gradients are added to the fp32 buffers inside their matrix product, where a kernel for that exists.
+    """Gradients are added to the fp32 buffers inside their matrix product, where a kernel for that exists.
 
     Transformer Engine's layers bring theirs; Megatron-Core's own (the output layer, and every layer of a local build)
     use apex's. The others add afterwards: slower, the same sum. Call it once the parameters have a `main_grad`.
@@ -130,35 +124,3 @@ def fuse_gradient_accumulation(chunks: Iterable[torch.nn.Module]) -> None:
                 module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
             elif apex and hasattr(module, "gradient_accumulation_fusion"):
                 module.gradient_accumulation_fusion = True  # type: ignore[assignment]
-
-
-@torch.enable_grad()
-def learn_scales(model: Model) -> None:
-    """Two training passes over random tokens, without backward, from which delayed scaling takes its first scales.
-
-    With the scales of 1 that it begins with, weights of the usual size would keep two bits. Gradients have theirs only
-    from the first micro-batch of the first step on. Collective over the model's ranks.
-    """
-    row, tokens = model.row([_LEARNING_TOKENS])
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.vocab_size, (1, tokens), generator=generator).to(model.device)
-
-    def forward_step(iterator: Iterator[int], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
-        next(iterator)
-        out = chunk(ids, None, None, packed_seq_params=row)
-        return out, lambda output, non_loss_data: None
-
-    for chunk in model.chunks:
-        chunk.train()
-    count = model.layout.parallel.pipeline  # the interleaved schedule wants a multiple
-    for _ in range(2):
-        run_schedule(
-            forward_step,
-            model.chunks,
-            model.config,
-            model.layout,
-            range(count),
-            [tokens] * count,
-            forward_only=True,
-            collect=True,
-        )

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 
 
 @contextmanager
@@ -27,7 +27,7 @@ def without_head(model: Model) -> Iterator[None]:
             del layer.forward  # the class's own shows again
 
 
-def head_weight(model: Model) -> Tensor:
+def head_parameter(model: Model) -> Tensor:
     """The output layer's parameter [vocab / tp, hidden size] on the last stage; the embedding's where they are tied."""
     chunk = model.chunks[-1]
     if chunk.share_embeddings_and_output_weights:

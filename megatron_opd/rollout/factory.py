@@ -8,10 +8,10 @@ from collections.abc import Iterator
 from torch import Tensor
 
 from megatron_opd.config import Config, ConfigError
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.rollout.megatron.engine import MegatronEngine
-from megatron_opd.weights.loading import export_hf_weights
+from megatron_opd.weights.export import export_parameters
 
 
 def longest_sequence(config: Config) -> int:
@@ -20,8 +20,8 @@ def longest_sequence(config: Config) -> int:
 
 
 def hf_stream(student: Model, config: Config) -> Iterator[tuple[str, Tensor]]:
-    """The student's parameters as engines take them over; see `export_hf_weights`. Collective."""
-    return export_hf_weights(student.chunks, student.bridge, student.layout.groups, config.rollout.bucket_mb << 20)
+    """The student's parameters as engines take them over; see `export_parameters`. Collective."""
+    return export_parameters(student, config.rollout.bucket_mb << 20)
 
 
 def make_engine(config: Config, student: Model, eos_ids: set[int]) -> RolloutEngine:

@@ -6,8 +6,8 @@ import torch
 
 from megatron_opd.losses import vocab_parallel_logprobs
 from megatron_opd.losses.topk import vocab_parallel_topk
-from megatron_opd.models.build import Model
 from megatron_opd.models.cached import CachedForward
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import share_fields
 
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from megatron_opd.config import PruneConfig
 from megatron_opd.losses import DistillTargets, candidate_terms, vocab_parallel_logprobs, vocab_parallel_topk
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.exchange import Fields, share_responses
 from megatron_opd.prune import from_events

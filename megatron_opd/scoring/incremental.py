@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 
 from megatron_opd.config import PruneConfig
-from megatron_opd.models.build import Model
 from megatron_opd.models.cached import CachedForward
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import Fields, share_fields
 from megatron_opd.rollout.base import Segment
 from megatron_opd.scoring.view import Candidates, teacher_view

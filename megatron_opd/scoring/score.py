@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from megatron_opd.config import Config
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.scoring.until_spent import score_until_spent

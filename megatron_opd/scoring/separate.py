@@ -9,7 +9,7 @@ from torch import Tensor
 
 from megatron_opd.config import PruneConfig
 from megatron_opd.losses.topk import vocab_parallel_topk
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.exchange import Fields, share_responses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from megatron_opd.config import PruneConfig
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.rollout.base import Request, Segment
 from megatron_opd.scoring.watch import Clock, Watcher
 from megatron_opd.types import Rollout, TeacherScores

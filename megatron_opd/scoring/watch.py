@@ -8,7 +8,7 @@ from typing import Protocol
 import torch
 
 from megatron_opd.config import PruneConfig
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import Fields
 from megatron_opd.prune import ReliabilityState
 from megatron_opd.rollout.base import Segment

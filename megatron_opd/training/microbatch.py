@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from megatron_opd.losses import DistillTargets
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.packing import plan_microbatches

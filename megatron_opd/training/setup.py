@@ -16,8 +16,9 @@ from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron_opd.compat.cpu_platform import apply_cpu_platform, use_cpu
 from megatron_opd.config import Config, ConfigError, TrainConfig
 from megatron_opd.kernels import kernel_backend, set_kernels
-from megatron_opd.models.build import Model, build_model, check_layout
+from megatron_opd.models.build import build_model, check_layout
 from megatron_opd.models.fp8 import fuse_gradient_accumulation
+from megatron_opd.models.model import Model
 from megatron_opd.models.specs import refuse_foreign_apex
 from megatron_opd.parallel.groups import student_layout, teacher_layout
 

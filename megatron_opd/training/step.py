@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from megatron_opd.config import Config
-from megatron_opd.models.build import Model
-from megatron_opd.models.headless import head_weight, without_head
+from megatron_opd.models.headless import head_parameter, without_head
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.scoring.fused import FusedTeacher
 from megatron_opd.training.microbatch import MicroBatch, build_microbatch, plan_training
@@ -132,7 +132,7 @@ class ForwardStep:
     def loss(self, micro: MicroBatch, teacher_logits: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Sums]:
         """The last stage's output [1, T, ...] -> loss, a token count of zero (it is divided already), the sums."""
         if self.fused_head:
-            head, split = head_weight(self.student), self.student.config.sequence_parallel
+            head, split = head_parameter(self.student), self.student.config.sequence_parallel
             loss, sums = self.objective.of_hidden(output[0], head, micro, split)
         else:
             if self.fused is not None and teacher_logits is not None:

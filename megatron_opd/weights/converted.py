@@ -33,7 +33,6 @@ from megatron.core.dist_checkpointing.strategies.torch import (
     mcore_to_pyt_state_dict,
 )
 from megatron.core.dist_checkpointing.validation import StrictHandling
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
@@ -43,8 +42,8 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
 from megatron_opd.errors import describe
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import is_rank_0, on_rank_0, together
-from megatron_opd.weights.bridge import ModelBridge
 from megatron_opd.weights.hf_files import ModelFileError, side_files
 from megatron_opd.weights.parameters import (
     COLUMNS,
@@ -98,22 +97,15 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     return manifest
 
 
-def save_converted(
-    chunks: list[torch.nn.Module],
-    bridge: ModelBridge,
-    groups: ProcessGroupCollection,
-    source: str | Path,
-    out: str | Path,
-    notes: dict[str, Any] | None = None,
-) -> None:
-    """Writes the chunks in the converted format, whole or not at all; `notes` go into the manifest.
+def save_converted(model: Model, source: str | Path, out: str | Path, notes: dict[str, Any] | None = None) -> None:
+    """Writes the model in the converted format, whole or not at all; `notes` go into the manifest.
 
     `source` gives config.json, tokenizer and the like. Tensors are written one by one, so little memory is needed
     beside the model. Collective over the world, which must share the file system. Raises ModelFileError if `out` is in
     use or cannot be written.
     """
     with whole_directory(out) as folder:
-        entries = sharded_entries(local_parameters(chunks, bridge, groups), bridge, groups, loading=False)
+        entries = sharded_entries(local_parameters(model), model, loading=False)
         on_rank_0((folder / CHECKPOINT).mkdir)  # nobody writes before the folder is there
         strategy = _StreamingStrategy("torch_dist", 1)
         try:
@@ -121,46 +113,44 @@ def save_converted(
         except CheckpointException as error:
             raise ModelFileError(f"{out}: cannot be written: {root_cause(error)}") from error
         if is_rank_0():
-            copy_side_files(source, folder, bridge.config.params_dtype)
-            manifest = manifest_of(bridge, groups) | (notes or {})
+            copy_side_files(source, folder, model.config.params_dtype)
+            manifest = manifest_of(model) | (notes or {})
             (folder / MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
 
 
-def manifest_of(bridge: ModelBridge, groups: ProcessGroupCollection) -> dict[str, Any]:
+def manifest_of(model: Model) -> dict[str, Any]:
     """What every manifest says of its model."""
     return {
         "format": _FORMAT,
-        "model_type": bridge.hf_config.model_type,
-        "dtype": str(bridge.config.params_dtype).removeprefix("torch."),
-        "written_by": {"tensor": groups.tp.size(), "pipeline": groups.pp.size()},
+        "model_type": model.bridge.hf_config.model_type,
+        "dtype": str(model.config.params_dtype).removeprefix("torch."),
+        "written_by": {"tensor": model.groups.tp.size(), "pipeline": model.groups.pp.size()},
     }
 
 
 @torch.no_grad()
-def load_converted(
-    chunks: list[torch.nn.Module], directory: str | Path, bridge: ModelBridge, groups: ProcessGroupCollection
-) -> None:
-    """Fills the chunks, at any layout and in any dtype, from a converted directory. Collective over the world.
+def load_converted(model: Model, directory: str | Path) -> None:
+    """Fills the model, at any layout and in any dtype, from a converted directory. Collective over the world.
 
     Raises ModelFileError on every rank: not converted, of another architecture, missing or broken files.
     """
     with together():
-        manifest, family = read_manifest(directory), bridge.hf_config.model_type
+        manifest, family = read_manifest(directory), model.bridge.hf_config.model_type
         if manifest["model_type"] != family:
             raise ModelFileError(f"{directory}: {MANIFEST} says {manifest['model_type']}, config.json {family}")
-    parameters = local_parameters(chunks, bridge, groups)
+    parameters = local_parameters(model)
     targets = [(p, writable(p, t)) for p, t in parameters]
     checkpoint_dir = Path(directory, CHECKPOINT)
     with together():
-        entries = sharded_entries(targets, bridge, groups, loading=True)
+        entries = sharded_entries(targets, model, loading=True)
         try:
             dist_checkpointing.load(entries, str(checkpoint_dir), strict=StrictHandling.RAISE_ALL)
         except (Exception, CheckpointException) as error:  # many kinds, from Megatron-Core, torch and pickle
             raise ModelFileError(f"{checkpoint_dir}: cannot be loaded: {root_cause(error)}") from error
     for (parameter, tensor), (_, target) in zip(parameters, targets, strict=True):
         if parameter.split == VOCAB:
-            first = groups.tp.rank() * tensor.shape[0]
-            target[max(0, bridge.vocab_size - first) :].zero_()
+            first = model.groups.tp.rank() * tensor.shape[0]
+            target[max(0, model.bridge.vocab_size - first) :].zero_()
         fill(tensor, target)
 
 
@@ -173,18 +163,18 @@ def root_cause(error: BaseException) -> str:
 
 
 def sharded_entries(
-    parameters: list[tuple[Parameter, Tensor]], bridge: ModelBridge, groups: ProcessGroupCollection, loading: bool
+    parameters: list[tuple[Parameter, Tensor]], model: Model, loading: bool
 ) -> dict[str, ShardedTensor]:
     """Local tensors, shared between ranks as their parameters say, as pieces of whole ones without padding."""
     entries: dict[str, ShardedTensor] = {}
     for parameter, tensor in parameters:
         if parameter.is_copy and not loading:
             continue
-        key = checkpoint_key(parameter, bridge)
-        group = tensor_group(parameter, groups)
-        replica = (groups.expt_dp if parameter.is_expert else groups.dp_cp).rank()
+        key = checkpoint_key(parameter, model)
+        group = tensor_group(parameter, model)
+        replica = (model.groups.expt_dp if parameter.is_expert else model.groups.dp_cp).rank()
         data = tensor if loading else values(tensor)
-        for i, (part, offsets, whole) in enumerate(shard_parts(parameter, data, group.rank(), group.size(), bridge)):
+        for i, (part, offsets, whole) in enumerate(shard_parts(parameter, data, model)):
             entries[f"{parameter.name}/{i}"] = ShardedTensor(
                 key=key,
                 data=part,
@@ -198,19 +188,21 @@ def sharded_entries(
     return entries
 
 
-def checkpoint_key(parameter: Parameter, bridge: ModelBridge) -> str:
+def checkpoint_key(parameter: Parameter, model: Model) -> str:
     """A parameter's key in the checkpoint, the same for every layer implementation."""
     key = "embedding.word_embeddings.weight" if parameter.is_copy else parameter.name
     for local, fused in _FUSED:
-        if bridge.hf_config.model_type != "qwen3_moe" or local.startswith(".input"):
+        if model.bridge.hf_config.model_type != "qwen3_moe" or local.startswith(".input"):
             key = key.replace(local, fused)
     return key
 
 
 def shard_parts(
-    parameter: Parameter, tensor: Tensor, rank: int, size: int, bridge: ModelBridge
+    parameter: Parameter, tensor: Tensor, model: Model
 ) -> Iterator[tuple[Tensor, tuple[int, ...], tuple[int, ...]]]:
-    """Pieces of a local shard with their place in the whole parameter and its shape."""
+    """Pieces of a local shard `tensor`, each with its offset in the whole parameter and that one's shape."""
+    group = tensor_group(parameter, model)
+    rank, size = group.rank(), group.size()
     rows, *rest = tensor.shape
     zeros = (0,) * len(rest)
     if parameter.split == WHOLE:
@@ -224,10 +216,10 @@ def shard_parts(
     elif parameter.split == VOCAB:
         first = rank * rows
         step = max(1, _BLOCK_BYTES // tensor[:1].nbytes)
-        count = max(0, min(rows, bridge.vocab_size - first))
+        count = max(0, min(rows, model.bridge.vocab_size - first))
         for start in range(0, count, step):
             stop = min(start + step, count)
-            yield tensor[start:stop], (first + start, *zeros), (bridge.vocab_size, *rest)
+            yield tensor[start:stop], (first + start, *zeros), (model.bridge.vocab_size, *rest)
     else:
         yield tensor, (rank * rows, *zeros), (rows * size, *rest)
 

@@ -7,17 +7,15 @@ parallel state: layer numbers come from the layers themselves, ranks from the gi
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 import torch
 import torch.distributed as dist
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
-from megatron.core.process_groups_config import ProcessGroupCollection
 from torch import Tensor
 
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import all_gather
-from megatron_opd.weights.bridge import ModelBridge
 from megatron_opd.weights.hf_files import ModelFileError
 
 # How tensor ranks share a parameter.
@@ -44,24 +42,20 @@ class Parameter:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def local_parameters(
-    chunks: Iterable[torch.nn.Module], bridge: ModelBridge, groups: ProcessGroupCollection
-) -> list[tuple[Parameter, Tensor]]:
+def local_parameters(model: Model) -> list[tuple[Parameter, Tensor]]:
     """This rank's parameters of all (virtual pipeline) chunks, in the order of the model."""
-    found = []
-    for chunk in chunks:
-        while hasattr(chunk, "module"):  # DDP and mixed-precision wrappers
-            chunk = chunk.module  # type: ignore[assignment]
-        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]  # type: ignore[union-attr]
+    described = []
+    for chunk in model.chunks:
+        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
         for local_name, tensor in chunk.named_parameters():
-            name = _global_name(local_name, numbers, bridge, groups)
-            is_copy = bridge.tied and name == "output_layer.weight"
+            name = _global_name(local_name, numbers, model)
+            is_copy = model.bridge.tied and name == "output_layer.weight"
             dtype = torch.bfloat16 if is_float8tensor(tensor) else tensor.dtype
             is_expert = ".mlp.experts." in name
             parameter = Parameter(name, _split(name), tuple(tensor.shape), dtype, is_expert, is_copy)
             # Detached, an FP8 parameter would be another object with caches of its own.
-            found.append((parameter, tensor if is_float8tensor(tensor) else tensor.detach()))
-    return found
+            described.append((parameter, tensor if is_float8tensor(tensor) else tensor.detach()))
+    return described
 
 
 def values(tensor: Tensor) -> Tensor:
@@ -88,47 +82,52 @@ def fill(tensor: Tensor, source: Tensor) -> None:
         initial.copy_(source)
 
 
-def tensor_group(parameter: Parameter, groups: ProcessGroupCollection) -> dist.ProcessGroup:
+def tensor_group(parameter: Parameter, model: Model) -> dist.ProcessGroup:
     """The ranks that share this parameter by tensor parallelism."""
-    return groups.expt_tp if parameter.is_expert else groups.tp
+    return model.groups.expt_tp if parameter.is_expert else model.groups.tp
 
 
-def hf_shapes(parameter: Parameter, bridge: ModelBridge, tensor_size: int) -> list[tuple[int, ...]]:
+def hf_shapes(parameter: Parameter, model: Model) -> list[tuple[int, ...]]:
     """Shapes of the whole Hugging Face tensors, in the order of `bridge.hf_names`."""
     rows, *rest = parameter.shape
+    size = tensor_group(parameter, model).size()
     if parameter.split == WHOLE:
         return [parameter.shape]
     if parameter.split == VOCAB:
-        return [(bridge.vocab_size, *rest)]
+        return [(model.bridge.vocab_size, *rest)]
     if parameter.split == COLUMNS:
-        return [(rows, rest[0] * tensor_size)]
+        return [(rows, rest[0] * size)]
     if parameter.split == GATE_UP:
-        return [(rows // 2 * tensor_size, *rest)] * 2
-    config = bridge.hf_config
+        return [(rows // 2 * size, *rest)] * 2
+    config = model.bridge.hf_config
     counts = (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)
     return [(count * config.head_dim, *rest) for count in counts]
 
 
-def expert_on(parameter: Parameter, rank: int, bridge: ModelBridge, groups: ProcessGroupCollection) -> Parameter:
-    """The description of the parameter that expert-parallel rank `rank` holds in this one's place."""
-    if not parameter.is_expert or rank == groups.ep.rank():
-        return parameter
-    per_rank = bridge.config.num_moe_experts // groups.ep.size()
+def on_expert_ranks(parameter: Parameter, model: Model) -> list[Parameter]:
+    """What each expert-parallel rank holds in this parameter's place; the parameter alone where it is no expert's."""
+    if not parameter.is_expert:
+        return [parameter]
+    own, size = model.groups.ep.rank(), model.groups.ep.size()
+    per_rank = _experts_per_rank(model)
     prefix, number = re.fullmatch(r"(.*\.weight)(\d+)", parameter.name).groups()  # type: ignore[union-attr]
-    return replace(parameter, name=f"{prefix}{int(number) + (rank - groups.ep.rank()) * per_rank}")
+    return [replace(parameter, name=f"{prefix}{int(number) + (rank - own) * per_rank}") for rank in range(size)]
 
 
-def model_names(parameters: Iterable[Parameter], bridge: ModelBridge, groups: ProcessGroupCollection) -> set[str]:
-    """Hugging Face names of the whole model: all stages, all experts. Collective."""
+def hf_names(model: Model) -> set[str]:
+    """Hugging Face names of the whole model: all stages, all experts. Collective over the model's ranks."""
     names: set[str] = set()
-    for parameter in parameters:
-        for rank in range(groups.ep.size() if parameter.is_expert else 1):
-            described = expert_on(parameter, rank, bridge, groups) if parameter.is_expert else parameter
-            names.update(bridge.hf_names(described.name))
-    return set().union(*all_gather(names, groups.pp))
+    for parameter, _ in local_parameters(model):
+        for described in on_expert_ranks(parameter, model):
+            names.update(model.bridge.hf_names(described.name))
+    return set().union(*all_gather(names, model.groups.pp))
 
 
-def _global_name(local_name: str, numbers: list[int], bridge: ModelBridge, groups: ProcessGroupCollection) -> str:
+def _experts_per_rank(model: Model) -> int:
+    return model.bridge.config.num_moe_experts // model.groups.ep.size()  # type: ignore[operator]
+
+
+def _global_name(local_name: str, numbers: list[int], model: Model) -> str:
     layer = re.match(r"decoder\.layers\.(\d+)\.", local_name)
     if layer is None:
         return local_name
@@ -138,8 +137,7 @@ def _global_name(local_name: str, numbers: list[int], bridge: ModelBridge, group
     expert = re.fullmatch(r"(.*\.mlp\.experts\.linear_fc\d\.weight)(\d+)", name)
     if expert is None:
         return name
-    per_rank = bridge.config.num_moe_experts // groups.ep.size()
-    return f"{expert[1]}{int(expert[2]) + groups.ep.rank() * per_rank}"
+    return f"{expert[1]}{int(expert[2]) + model.groups.ep.rank() * _experts_per_rank(model)}"
 
 
 def _split(name: str) -> str:

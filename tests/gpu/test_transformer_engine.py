@@ -26,7 +26,7 @@ from megatron_opd.training.setup import Trainer, build_optimizer, build_schedule
 from megatron_opd.training.step import StepResult, TrainingStep
 from megatron_opd.types import Prompt, Rollout, ScoredBatch, TeacherScores
 from megatron_opd.weights.converted import save_converted
-from megatron_opd.weights.loading import export_hf_weights
+from megatron_opd.weights.export import export_parameters
 from megatron_opd.weights.parameters import local_parameters, values
 from tests.models.test_transformer_engine import (
     LAYER,
@@ -147,11 +147,11 @@ def test_logits_beside_the_local_build(device, directory, recipe):
 
 def test_fp8_parameters_are_loaded_whole(device, directory, tmp_path):
     plain = load(directory, device=device, precision="bf16")
-    exact = {p.name: t for p, t in local_parameters(plain.chunks, plain.bridge, plain.layout.groups)}
-    save_converted(plain.chunks, plain.bridge, plain.layout.groups, directory, tmp_path / "converted")
+    exact = {p.name: t for p, t in local_parameters(plain)}
+    save_converted(plain, directory, tmp_path / "converted")
     for source in (directory, tmp_path / "converted"):
         model = load(source, device=device, fp8_params=True, **FP8)
-        found = local_parameters(model.chunks, model.bridge, model.layout.groups)
+        found = local_parameters(model)
         in_fp8 = [(p, t) for p, t in found if values(t) is not t]
         assert len(in_fp8) == 4 * 4
         for p, tensor in in_fp8:
@@ -163,10 +163,10 @@ def test_fp8_parameters_are_loaded_whole(device, directory, tmp_path):
 
 def test_models_move_between_the_builds(device, directory, tmp_path):
     te = load(directory, device=device, precision="bf16")
-    save_converted(te.chunks, te.bridge, te.layout.groups, directory, tmp_path / "te")
+    save_converted(te, directory, tmp_path / "te")
     local = load(tmp_path / "te", device=device, precision="bf16", implementation="local")
     assert equal(exported(local), exported(te))
-    save_converted(local.chunks, local.bridge, local.layout.groups, directory, tmp_path / "local")
+    save_converted(local, directory, tmp_path / "local")
     assert equal(exported(load(tmp_path / "local", device=device, precision="bf16")), exported(te))
 
 
@@ -231,7 +231,7 @@ def one_step(device, directory: Path, fused_head: bool = False, **student) -> tu
     assert first.applied and first.microbatches > 1, first.reason
     second = step(batch())
     assert second.applied and second.loss != first.loss, second.reason
-    stream = export_hf_weights(model.chunks, model.bridge, model.layout.groups)
+    stream = export_parameters(model)
     return first, {name: t.float().cpu() for name, t in stream}
 
 

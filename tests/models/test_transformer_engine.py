@@ -11,9 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import ConfigError, ModelConfig, ParallelConfig, TeacherConfig
-from megatron_opd.models.build import Model, build_model, check_layout
+from megatron_opd.models.build import build_model, check_layout
 from megatron_opd.models.compare import difference, megatron_logits
 from megatron_opd.models.fp8 import check_fp8, fuse_gradient_accumulation
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import together
 from megatron_opd.parallel.groups import teacher_layout
 from megatron_opd.rollout.base import Request, Sampling
@@ -21,7 +22,7 @@ from megatron_opd.rollout.megatron.engine import MegatronEngine
 from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.types import Prompt
 from megatron_opd.weights.converted import save_converted
-from megatron_opd.weights.loading import export_hf_weights
+from megatron_opd.weights.export import export_parameters
 from megatron_opd.weights.parameters import local_parameters, values
 from tests.layouts import destroy_groups, student_model
 from tests.models.tiny_families import VOCAB, make
@@ -58,7 +59,7 @@ def first_layer(model: Model) -> list[str]:
 
 
 def exported(model: Model) -> dict[str, torch.Tensor]:
-    return {name: t.clone() for name, t in export_hf_weights(model.chunks, model.bridge, model.layout.groups)}
+    return {name: t.clone() for name, t in export_parameters(model)}
 
 
 def equal(found: dict[str, torch.Tensor], wanted: dict[str, torch.Tensor]) -> bool:
@@ -82,11 +83,11 @@ def families(rank: int, world: int, root: Path) -> None:
             assert difference(megatron_logits(te, TOKENS), logits).relative < 1e-5, family
             if "pipeline" in parallel or family not in CONVERTED:
                 continue
-            save_converted(te.chunks, te.bridge, te.layout.groups, root / family, root / f"{family}@te")
+            save_converted(te, root / family, root / f"{family}@te")
             local = load(root / f"{family}@te", {"pipeline": 2}, implementation="local")
             with together():
                 assert equal(exported(local), wanted), family
-            save_converted(local.chunks, local.bridge, local.layout.groups, root / family, root / f"{family}@local")
+            save_converted(local, root / family, root / f"{family}@local")
             with together():
                 assert equal(exported(load(root / f"{family}@local", parallel)), wanted), family
         destroy_groups()
@@ -158,12 +159,12 @@ def fp8_parameters(rank: int, world: int, root: Path) -> None:
     """Loaded whole: an FP8 parameter's values share a scale; the optimizer's copy starts from the exact ones."""
     directory = root / "wide"
     plain = load(directory, {"tensor": 2}, precision="bf16")
-    exact = {p.name: t for p, t in local_parameters(plain.chunks, plain.bridge, plain.layout.groups)}
-    save_converted(plain.chunks, plain.bridge, plain.layout.groups, directory, root / "wide@bf16")
+    exact = {p.name: t for p, t in local_parameters(plain)}
+    save_converted(plain, directory, root / "wide@bf16")
     for source in (directory, root / "wide@bf16"):
         model = load(source, {"tensor": 2}, fp8_params=True, **HYBRID)
         in_fp8 = 0
-        for p, tensor in local_parameters(model.chunks, model.bridge, model.layout.groups):
+        for p, tensor in local_parameters(model):
             if values(tensor) is tensor:
                 assert torch.equal(tensor, exact[p.name]), p.name
                 continue

@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd.config import PruneConfig
 from megatron_opd.models import packed
-from megatron_opd.models.build import Model
+from megatron_opd.models.model import Model
 from megatron_opd.models.packed import pack_row
 from megatron_opd.parallel.context import held_places, padded_length, response_places, row_order
 from megatron_opd.parallel.schedule import run_schedule

@@ -11,7 +11,7 @@ import torch
 
 from megatron_opd.config import ConfigError, parse_config
 from megatron_opd.kernels import set_kernels
-from megatron_opd.models.headless import head_weight, without_head
+from megatron_opd.models.headless import head_parameter, without_head
 from megatron_opd.training.setup import init_distributed
 from tests.distributed import run_distributed
 from tests.layouts import student_model
@@ -67,7 +67,7 @@ def shapes(directory: str) -> dict:
             with without_head(model):
                 hidden = model.chunks[0](tokens[None], None, None, packed_seq_params=row)
             after = model.chunks[0](tokens[None], None, None, packed_seq_params=row)
-        tied = head_weight(model) is model.chunks[0].embedding.word_embeddings.weight
+        tied = head_parameter(model) is model.chunks[0].embedding.word_embeddings.weight
         return {"hidden": hidden.shape, "same": torch.equal(before, after), "logits": after.shape, "tied": tied}
 
 

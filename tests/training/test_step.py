@@ -19,7 +19,7 @@ from megatron_opd.training.metrics import PhaseClock
 from megatron_opd.training.setup import Trainer, build_optimizer, build_scheduler, wrap_ddp
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.types import Prompt, Rollout
-from megatron_opd.weights.loading import export_hf_weights
+from megatron_opd.weights.export import export_parameters
 from tests.distributed import run_distributed
 from tests.layouts import LAYOUTS, student_model, teacher_model
 from tests.models.tiny_families import VOCAB, make
@@ -149,7 +149,6 @@ def megatron_steps(case: Case, reference: Result, directories: dict[str, str]) -
             scores = score_rollouts(teacher, made, config.prune, case.tokens)
         batch = judge(made, scores, config.prune)
         results = [step(batch) for _ in range(case.settings.steps)]
-        groups = student.layout.groups
         return {
             "losses": [r.loss for r in results],
             "grad_norms": [r.grad_norm for r in results],
@@ -159,7 +158,7 @@ def megatron_steps(case: Case, reference: Result, directories: dict[str, str]) -
             "effective": batch.effective_length,
             "reverse_kl": batch.reverse_kl,
             "overlap": [s.overlap for s in batch.scores],
-            "parameters": {n: p.clone() for n, p in export_hf_weights(student.chunks, student.bridge, groups)},
+            "parameters": {n: p.clone() for n, p in export_parameters(student)},
         }
 
 

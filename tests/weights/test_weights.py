@@ -11,12 +11,13 @@ from transformers import AutoModelForCausalLM
 
 from megatron_opd.compat.cpu_platform import apply_cpu_platform
 from megatron_opd.config import ModelConfig, ParallelConfig
-from megatron_opd.models.build import Model, build_model
+from megatron_opd.models.build import build_model
 from megatron_opd.models.compare import difference, megatron_logits
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import together
 from megatron_opd.parallel.groups import teacher_layout
 from megatron_opd.weights.converted import save_converted
-from megatron_opd.weights.loading import export_hf_weights
+from megatron_opd.weights.export import export_parameters
 from tests.distributed import run_distributed
 from tests.layouts import student_model
 from tests.models.tiny_families import FAMILIES, VOCAB, make
@@ -53,7 +54,7 @@ def load(directory: Path, parallel: ParallelConfig) -> Model:
 
 def check_export(model: Model, directory: Path) -> None:
     """The stream holds exactly the tensors of the safetensors file, bit by bit, on this rank."""
-    stream = export_hf_weights(model.chunks, model.bridge, model.layout.groups, BUCKET)
+    stream = export_parameters(model, BUCKET)
     got = {name: tensor.clone() for name, tensor in stream}
     wanted = load_file(directory / "model.safetensors")
     assert sorted(got) == sorted(wanted)
@@ -76,7 +77,7 @@ def round_trips(rank: int, world_size: int, root: Path) -> None:
                 check_export(model, root / family)
             check_logits(model, root / family)
             out = root / f"{family}@{'_'.join(keys)}{world_size}"
-            save_converted(model.chunks, model.bridge, model.layout.groups, root / family, out)
+            save_converted(model, root / family, out)
 
 
 def load_everywhere(rank: int, world_size: int, root: Path) -> None:
@@ -98,7 +99,7 @@ def in_global_groups(rank: int, world_size: int, root: Path) -> None:
         with together():
             check_export(model, root / "qwen3")
         check_logits(model, root / "qwen3")
-        stream = export_hf_weights(model.chunks, model.bridge, model.layout.groups, BUCKET, keep=rank == 1)
+        stream = export_parameters(model, BUCKET, keep=rank == 1)
         assert len(list(stream)) == (len(load_file(root / "qwen3" / "model.safetensors")) if rank else 0)
 
 

@@ -11,7 +11,8 @@ import torch
 from benchmark.gpu_common import Bench, K, Report, forward_flops, mean_context, write_model
 from benchmark.step import random_batch
 from megatron_opd.config import Config, ModelConfig, parse_config
-from megatron_opd.models.build import Model, build_model
+from megatron_opd.models.build import build_model
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.groups import Layout, student_layout, teacher_layout
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.training.microbatch import kept_tokens
@@ -50,7 +51,7 @@ class NoOptimizer:
 
 def random_model(name: str, settings: ModelConfig, layout: Layout, device: torch.device) -> Model:
     """A model with random parameters, made where it is needed: no weights are read."""
-    model = build_model(name, settings, layout, device, weights=False)
+    model = build_model(name, settings, layout, device, load=False)
     source = torch.Generator(device).manual_seed(0 if name == "student" else 1)
     with torch.no_grad():
         for chunk in model.chunks:

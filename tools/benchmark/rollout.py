@@ -46,7 +46,7 @@ class Engines:
         from megatron_opd.rollout.factory import make_engine
         from megatron_opd.training.setup import build_trainer, init_distributed
         from megatron_opd.types import Prompt
-        from megatron_opd.weights.loading import export_hf_weights
+        from megatron_opd.weights.export import export_parameters
 
         self.settings, self.device = settings, device
         side = {"model": model, "precision": settings["precision"]}
@@ -67,9 +67,7 @@ class Engines:
             trainer = trainer or build_trainer(config, where)
             student = trainer.student
             engine = make_engine(config, student, set())
-            engine.update_parameters(
-                lambda: export_hf_weights(student.chunks, student.bridge, student.layout.groups, 512 << 20), 0
-            )
+            engine.update_parameters(lambda: export_parameters(student, 512 << 20), 0)
             self.engines[name] = engine
         source = torch.Generator().manual_seed(0)
         prompts = torch.randint(

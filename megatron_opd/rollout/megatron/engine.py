@@ -13,8 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.models.build import Model
 from megatron_opd.models.cached import CachedForward
+from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import Fields, share_fields
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
 from megatron_opd.rollout.megatron.sampler import Sampled, sample
