@@ -75,7 +75,7 @@ test: install-test lint ## the test suite, under 25 minutes on two cores; PYTHON
 test-quick: install-test ## what to run while editing, under three minutes: no engines, servers or whole runs
 	$(BIN)/python -m pytest tests -m 'not gpu and not slurm and not slow'
 
-# mypy's errors depend on the libraries it reads; the record of tests/test_types.py is that of Python 3.11's
+# mypy's errors depend on the libraries it reads; the record of tests/test_type_checker.py is that of Python 3.11's
 lint: install-test ## ruff, and mypy over the package
 	$(BIN)/ruff format --check megatron_opd tools tests examples setup.py
 	$(BIN)/ruff check megatron_opd tools tests examples setup.py
