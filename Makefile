@@ -7,7 +7,7 @@ VENV ?= $(if $(filter $(PYTHON_VERSION),$(call version_of,python3)),.venv,.venv-
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install install-test install-gpu demo test test-quick locks locks-check audit lint test-slurm test-gpu clean
+.PHONY: help install install-test install-gpu demo docs test test-quick locks locks-check audit lint test-slurm test-gpu clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -65,6 +65,15 @@ locks locks-check: ## make the lock files of requirements/ anew; or try whether 
 audit: install-test ## pip-audit over the lock files; needs an index that answers about known flaws
 	$(PIP) pip-audit
 	for lock in cpu-py312 cpu-py313 gpu-cu13-py312; do $(BIN)/python -m pip_audit --strict --disable-pip --require-hashes --requirement requirements/$$lock.txt || exit 1; done
+
+$(VENV)/.docs: setup.py | $(VENV)/.base
+	$(PIP) -e '.[docs]' torch==2.13.0
+	@touch $@
+
+# The warning that material's authors print about another project's plans is not about these pages
+docs: $(VENV)/.docs ## the documentation as a site in build/docs; a broken link or a missing page fails
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+	@echo "build/docs/index.html"
 
 demo: install ## the embedded example end to end: table and report.html
 	$(BIN)/python examples/tiny/demo.py

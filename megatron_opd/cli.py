@@ -19,8 +19,8 @@ _COMMANDS = (
 )
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Entry point of `megatron-opd`; returns the exit code."""
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of the command line; what follows a command's options is overrides, key=value."""
     parser = argparse.ArgumentParser(prog="megatron-opd", description="On-policy distillation on Megatron-Core.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in _COMMANDS:
@@ -43,14 +43,31 @@ def main(arguments: list[str] | None = None) -> int:
             text = "measure instead what FP8 does to overlap and drift events"
             command.add_argument("--fp8", action="store_true", help=text)
     commands.add_parser("keys", help="list every config key with its documentation")
+    gate = commands.add_parser("gate", help="check a finished run against its recipe's bounds")
+    gate.add_argument("run", help="run_dir")
+    gate.add_argument("gate", help="YAML file of bounds")
+    return parser
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Entry point of `megatron-opd`; returns the exit code."""
+    parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    unknown = [x for x in rest if x.startswith("-") or "=" not in x]
+    unknown = [x for x in rest if x.startswith("-") or "=" not in x or options.command == "gate"]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if options.command == "keys":
         for key, text in all_keys().items():
             print(f"{key}\n    {' '.join(text.split())}")
         return 0
+    if options.command == "gate":
+        from megatron_opd.commands.gate import GateError, gate_run
+
+        try:
+            return 0 if gate_run(options.run, options.gate) else 1
+        except GateError as error:
+            print(f"megatron-opd: {error}", file=sys.stderr)
+            return error.exit_code
     try:
         overrides = [*options.overrides, *rest]
         config = load_config(options.config, overrides)

@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
 # GPU tests and benchmarks on a Hopper machine that has no network: Python 3.12, torch 2.11 for CUDA 13, transformers.
 #
-#   tests/gpu/run_on_lent_machine.sh bundle TE_ON_GPU    where there is a package registry, no GPU needed, about 15 minutes:
-#       the script TE_ON_GPU (../shared/gpu/te_on_gpu.sh of this project's workplace) builds Transformer Engine, with
-#       Megatron-Core and mbridge beside it, into .gpu/, which git ignores. Bring .gpu/ along to the GPU machine.
+#   tests/gpu/run_on_lent_machine.sh bundle     where there is a package registry, no GPU needed, about 15 minutes:
+#       te_on_gpu.sh builds Transformer Engine, with Megatron-Core and mbridge beside it, into .gpu/, which git ignores.
+#       Bring .gpu/ along to the GPU machine.
 #   tests/gpu/run_on_lent_machine.sh WHAT...             there, from the repository:
 #       install   unpacks the bundle into .gpu/site and checks FP8 against bf16: always the first thing to run
 #       test      tests/gpu
@@ -16,8 +16,8 @@ cd "$(dirname "$0")/../.."
 export SITE=$PWD/.gpu/site PYTHONUNBUFFERED=1
 out=${OUT:-runs/benchmark}
 
-if [ "${1:?install, test, a part of the benchmark, or bundle TE_ON_GPU}" = bundle ]; then
-  exec bash "${2:?the script that builds Transformer Engine}" build .gpu
+if [ "${1:?install, test, a part of the benchmark, or bundle}" = bundle ]; then
+  exec bash tests/gpu/te_on_gpu.sh build .gpu
 fi
 
 install() {
