@@ -90,18 +90,18 @@ def load_gate(path: str | Path) -> Gate:
 def check(gate: Gate, steps: list[dict[str, Any]]) -> list[Finding]:
     """Every bound against the lines of a run's metrics.jsonl."""
     reached = steps[-1]["step"] if steps else 0
-    found = [Finding("steps", reached, f"at least {gate.steps}", reached >= gate.steps)]
+    findings = [Finding("steps", reached, f"at least {gate.steps}", reached >= gate.steps)]
     for name, bounds in gate.metrics.items():
-        found.append(_finding(name, bounds, [_number(s.get(name)) for s in steps[-bounds.last :]]))
+        findings.append(_finding(name, bounds, [_number(s.get(name)) for s in steps[-bounds.last :]]))
     for name, bounds in gate.accuracy.items():
         evaluated = [s["accuracy"].get(name) for s in steps if s.get("accuracy")]
-        found.append(_finding(f"accuracy of {name}", bounds, [_number(a) for a in evaluated[-bounds.last :]]))
+        findings.append(_finding(f"accuracy of {name}", bounds, [_number(a) for a in evaluated[-bounds.last :]]))
     total = sum(s["step_s"] for s in steps)
     for name, bounds in gate.phases.items():
         spent = [_number(s.get(f"{name}_s")) for s in steps]
         share = [sum(s for s in spent if s is not None) / total] if total and None not in spent else []
-        found.append(_finding(f"time share of {name}", bounds, list(share)))
-    return found
+        findings.append(_finding(f"time share of {name}", bounds, list(share)))
+    return findings
 
 
 def _finding(name: str, bounds: Bounds, values: list[float | None]) -> Finding:
@@ -126,13 +126,13 @@ def gate_run(run_dir: str | Path, gate: str | Path) -> bool:
     except OSError as error:
         raise GateError(f"cannot read {path}: {error.strerror}; give a run_dir") from error
     try:
-        found = check(wanted, [json.loads(line) for line in lines])
+        findings = check(wanted, [json.loads(line) for line in lines])
     except (ValueError, KeyError) as error:
         raise GateError(f"{path} holds a line that is no step's: {error!r}") from error
-    width = max(len(f.name) for f in found)
-    for one in found:
+    width = max(len(f.name) for f in findings)
+    for one in findings:
         value = "missing" if one.value is None else f"{one.value:.4g}"
         print(f"{'holds ' if one.holds else 'BROKEN'}  {one.name:<{width}}  {value:>10}  {one.bounds}")
-    broken = [f.name for f in found if not f.holds]
-    print(f"{run_dir}: " + (f"{len(broken)} of {len(found)} bounds are broken" if broken else "all bounds hold"))
+    broken = [f.name for f in findings if not f.holds]
+    print(f"{run_dir}: " + (f"{len(broken)} of {len(findings)} bounds are broken" if broken else "all bounds hold"))
     return not broken

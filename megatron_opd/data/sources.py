@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import itertools
 import json
 import math
@@ -11,7 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.errors import InputError
+from megatron_opd.errors import ConfigError, InputError
+from megatron_opd.plugins import load_part
 
 # Where the prompt, the answer and the data set's name stand when the configured column is not in the file. The first
 # that the file's first row has is taken.
@@ -61,11 +61,10 @@ def rows_of_function(name: str, size: int, seed: int) -> Iterator[Row]:
     Raises:
         DataError: the module or the function is not there, it fails, or a row is no object.
     """
-    module, _, function = name.partition(":")
     try:
-        own = getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError) as error:
-        raise DataError(f"data source {name}: {error}; its module must be importable, e.g. PYTHONPATH=.") from error
+        own = load_part("prompts", name, {})
+    except ConfigError as error:
+        raise DataError(str(error)) from error
     count = 0
     try:
         for values in itertools.islice(own(size, seed), size):

@@ -156,8 +156,8 @@ def test_a_source_may_be_endless_and_its_columns_are_found(tmp_path):
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("no_such_module:rows", "data source no_such_module:rows: No module named 'no_such_module'"),
-        (f"{__name__}:rows", "has no attribute 'rows'"),
+        ("no_such_module:rows", "prompts: no_such_module:rows: cannot import no_such_module"),
+        (f"{__name__}:rows", "has no rows"),
         (f"{__name__}:failing", "failed after 1 rows: OSError: the database is gone"),
         (f"{__name__}:of_texts", "item 1: must be an object with the prompt's columns, found text"),
     ],

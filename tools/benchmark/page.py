@@ -113,9 +113,21 @@ def plain(entries: list[dict[str, Any]]) -> str:
     kinds: dict[tuple[str, ...], list[list[str]]] = {}
     for entry in entries:
         kept = {k: v for k, v in entry.items() if k != "at" and not isinstance(v, dict | list)}
-        texts = [number(v) if isinstance(v, float) else "" if v is None else str(v) for v in kept.values()]
-        kinds.setdefault(tuple(kept), []).append(texts)
-    return "\n".join(table([name.replace("_", " ") for name in columns], rows) for columns, rows in kinds.items())
+        kinds.setdefault(tuple(kept), []).append([_text(name, value) for name, value in kept.items()])
+    return "\n".join(
+        table([name.removesuffix("_bytes").replace("_", " ") for name in columns], rows)
+        for columns, rows in kinds.items()
+    )
+
+
+def _text(name: str, value: Any) -> str:
+    if value is None:
+        return ""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if name.endswith("_bytes"):
+        return f"{value / 2**30:.1f} GiB"
+    return number(value) if isinstance(value, float) else f"{value:,}" if isinstance(value, int) else str(value)
 
 
 SHOWN: dict[str, Callable[[list[dict[str, Any]]], str]] = {"kernels": kernels, "memory": memory}
