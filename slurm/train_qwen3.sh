@@ -36,7 +36,7 @@
 # MAX_FAILURES  crashes in a row without a new checkpoint after which the job is not requeued any more: 3
 #
 # At the time limit (five minutes' notice), on preemption and after a crash the job checkpoints where it can, requeues itself
-# and goes on. `scancel --batch --signal=USR2 JOB` makes it save and end. See "On a cluster" in the README.
+# and goes on. `scancel --batch --signal=USR2 JOB` makes it save and end. See docs/cluster.md.
 set -uo pipefail
 
 # ---- paths

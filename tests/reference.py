@@ -1,4 +1,4 @@
-"""Slow definitions, written from method.md and the papers on whole, unsharded float64 tensors; no code of the package.
+"""Slow definitions, from docs/method.md and the papers, on whole, unsharded float64 tensors; no code of the package.
 
 Logits here are [T, V] without padding. Differentiable functions are plain autograd.
 """

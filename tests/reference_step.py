@@ -1,4 +1,4 @@
-"""One training step as method.md writes it, on whole transformers models: padded, uncut, masked. None of our code.
+"""One training step as docs/method.md writes it, on whole transformers models: padded, uncut, masked. None of our code.
 
 Written from the formulas, slow and plain; the loss and everything behind the logits in float64.
 """

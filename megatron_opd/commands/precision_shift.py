@@ -85,7 +85,7 @@ def compare(
     """Compares two readings, by name and the plain one first, of both models: all four combinations.
 
     Args:
-        w_drop: reliability lost per event, for the effective length (method.md items 2 to 5).
+        w_drop: reliability lost per event, for the effective length (docs/method.md items 2 to 5).
     """
     plain, other = student
     if list(teacher) != [plain, other]:

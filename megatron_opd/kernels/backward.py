@@ -26,7 +26,7 @@ def topk_loss_backward_(
 
         sum over v of slope(v) [j = v]  -  softmax(z)_j * sum over v of slope(v)
 
-    which for the top-k reverse KL, slope(v) = weight w(v) (log p(v) - log q(v)), is method.md's gradient.
+    which for the top-k reverse KL, slope(v) = weight w(v) (log p(v) - log q(v)), is docs/method.md's gradient.
 
     logits [tokens, vocab / tp]: any floating dtype.
     log_z [tokens]: log of the summed exponentials over ALL ranks, float32 (float64).

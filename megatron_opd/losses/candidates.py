@@ -1,6 +1,6 @@
 """Losses on a few candidate tokens per position: top-k reverse KL and sampled-token reverse KL.
 
-Both have the stop-gradient form of method.md. With c(v) = weight * w(v) * (log p(v) - log q(v)) held constant,
+Both have the stop-gradient form of docs/method.md. With c(v) = weight * w(v) * (log p(v) - log q(v)) held constant,
 
     value     sum over tokens and candidates of c(v)                          (zero where the models agree)
     gradient  c(j) [j is a candidate] - softmax(z)_j * sum over v of c(v)     with respect to logit j
@@ -69,7 +69,7 @@ def topk_reverse_kl(
     group: the tensor-parallel group; None means that the logits are whole.
     vocab_size: ids from here on are padding. chunk_tokens, inplace_backward: see `LossOptions`.
     Returns a scalar, the same on every rank of the group; the gradient needs no collective.
-    Source: method.md (Prune-OPD, arXiv 2605.07804), the base loss with L_t.
+    Source: docs/method.md (Prune-OPD, arXiv 2605.07804), the base loss with L_t.
     """
     targets = DistillTargets(student_ids=student_ids, teacher_logprobs=teacher_logprobs)
     shard = vocab_shard(student_logits, group, vocab_size)

@@ -14,7 +14,7 @@ _STATE = ("current", "no_hit_steps", "last_hit_ratio")
 
 
 class ResponseBudget:
-    """Prune-OPD's controller of the response budget M (method.md item 6), in tokens.
+    """Prune-OPD's controller of the response budget M (docs/method.md item 6), in tokens.
 
     boundary = max(minimum, M - margin); the hit ratio h is the share of the batch's responses whose effective length
     reaches the boundary. Where h >= hit_ratio, M grows by `step` up to `maximum` and the counter starts over; otherwise

@@ -46,7 +46,7 @@ def topk_overlap(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Share of the student's k most likely tokens that are among the teacher's: method.md item 1.
+    """Share of the student's k most likely tokens that are among the teacher's: docs/method.md item 1.
 
     student_logits, teacher_logits [tokens, vocab / tp]: this rank's columns of both models, any floating dtypes.
     group: the tensor-parallel group; None means that the logits are whole. Ids >= vocab_size are padding.
@@ -91,7 +91,7 @@ def teacher_top_p_accept(
     group: dist.ProcessGroup | None = None,
     vocab_size: int | None = None,
 ) -> Tensor:
-    """Whether the teacher accepts the sampled token: method.md item 7, the alternative drift signal.
+    """Whether the teacher accepts the sampled token: docs/method.md item 7, the alternative drift signal.
 
     The teacher accepts its p-nucleus inside its own top k: tokens in order of probability until their mass, over the
     full vocabulary, reaches p, the token that crosses p included; all k where they do not reach it. A drift event is a

@@ -1,4 +1,4 @@
-"""From drift events to reliability, prune weights and effective lengths (method.md items 2 to 5).
+"""From drift events to reliability, prune weights and effective lengths (docs/method.md items 2 to 5).
 
     B_t = 1 where the overlap O_t < threshold, on response tokens only           drift event
     C_t = B_1 + ... + B_t                                                        the event's own token counts

@@ -119,7 +119,7 @@ def check_backward(case: Case) -> None:
 
 
 def reverse_kl_objective(teacher: Tensor, weight: Tensor) -> Any:
-    """method.md's loss and slope for a chunk's candidates."""
+    """docs/method.md's loss and slope for a chunk's candidates."""
 
     def objective(logprobs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
         terms = weight[rows, None] * logprobs.softmax(1) * (logprobs - teacher[rows])
