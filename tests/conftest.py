@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import gc
+import os
 from pathlib import Path
 
 import pytest
 
-from tests import distributed
+os.environ.setdefault(
+    "OMP_NUM_THREADS", "1"
+)  # threads that wait by spinning take a busy machine's time from each other
+
+from tests import distributed  # noqa: E402 -- imports torch, which counts its threads
 
 TESTS = Path(__file__).parent
 # Whole runs, engines, servers and every layout of every family: `make test-quick` leaves them out. A module or folder a

@@ -11,12 +11,15 @@ gradient with advantage log q - log p. The log-probs are normalised over the ful
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.losses.base import DistillTargets, LogprobLoss, LossOptions, constant_terms
 from megatron_opd.losses.vocab_parallel import vocab_shard
+from megatron_opd.plugins import Reads
 
 
 def candidate_terms(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
@@ -32,7 +35,7 @@ def candidate_terms(student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tenso
 class TopkReverseKL(LogprobLoss):
     """`topk_reverse_kl`: the method's loss, over the student's k most likely tokens."""
 
-    reads = "candidates"
+    reads: ClassVar[Reads] = "candidates"
 
     def terms(self, student_logprobs: Tensor, teacher_logprobs: Tensor) -> Tensor:
         return constant_terms(student_logprobs, candidate_terms(student_logprobs, teacher_logprobs))
