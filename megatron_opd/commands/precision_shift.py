@@ -29,6 +29,7 @@ from megatron_opd.models.model import Model
 from megatron_opd.models.specs import use_transformer_engine
 from megatron_opd.parallel.groups import Layout, student_layout, teacher_layout
 from megatron_opd.prune import drift_events, from_events
+from megatron_opd.prune.overlap import shared_ids
 from megatron_opd.rollout.megatron.engine import MegatronEngine
 from megatron_opd.scoring.separate import top_candidates
 from megatron_opd.training.run import load_tokenizers
@@ -118,7 +119,7 @@ def compare(
 
 def shared(a: Tensor, b: Tensor) -> Tensor:
     """Share of the candidates a [T, K] that are among b [T, K]: [T] float32."""
-    return (a[:, :, None] == b[:, None, :]).any(-1).float().mean(-1)
+    return shared_ids(a, b).float().mean(-1)
 
 
 def _mean(values: Tensor, mask: Tensor) -> float:

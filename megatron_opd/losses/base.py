@@ -113,11 +113,11 @@ class LogprobLoss(Loss):
     def teacher_logprobs(self, targets: DistillTargets) -> Tensor:
         """The teacher's log-probs [tokens, n] of them."""
         if self.reads == "candidates":
-            found = targets.require(self, "teacher_logprobs")
+            logprobs = targets.require(self, "teacher_logprobs")
         else:
-            found = targets.require(self, "teacher_sampled_logprobs")[:, None]
-        check_shape("the teacher's log-probs", found, tuple(self.ids(targets).shape))
-        return found
+            logprobs = targets.require(self, "teacher_sampled_logprobs")[:, None]
+        check_shape("the teacher's log-probs", logprobs, tuple(self.ids(targets).shape))
+        return logprobs
 
     def value_and_slope(
         self, student_logprobs: Tensor, teacher_logprobs: Tensor, weight: Tensor

@@ -48,7 +48,7 @@ class SampledReverseKL(TopkReverseKL):
     value is weight * (log p(y) - log q(y)).
     """
 
-    reads = "sampled"
+    reads: ClassVar[Reads] = "sampled"
 
 
 def topk_reverse_kl(

@@ -17,7 +17,7 @@ from megatron_opd.losses.vocab_parallel import VocabShard, vocab_parallel_logpro
 _PAIRS = 2**22  # id pairs compared at a time
 
 
-def _isin_rows(ids: Tensor, others: Tensor) -> Tensor:
+def shared_ids(ids: Tensor, others: Tensor) -> Tensor:
     """Which of ids [tokens, n] occur in the same row of others [tokens, m]: bool [tokens, n]."""
     step = max(1, _PAIRS // max(1, ids.shape[1] * others.shape[1]))
     out = torch.empty(ids.shape, dtype=torch.bool, device=ids.device)
@@ -30,7 +30,7 @@ def _isin_rows(ids: Tensor, others: Tensor) -> Tensor:
 def _isin_top(ids: Tensor, top: LocalTop, shard: VocabShard) -> Tensor:
     """Which global ids [tokens, n] are in this rank's share of a model's top-k."""
     local = ids - shard.offset
-    return _isin_rows(torch.where(local < 0, -2, local), members(top, filler=-1))
+    return shared_ids(torch.where(local < 0, -2, local), members(top, filler=-1))
 
 
 def _check_tokens(name: str, tensor: Tensor, logits: Tensor) -> None:
@@ -57,7 +57,7 @@ def topk_overlap(
         raise ValueError(f"logits differ in shape: {list(student_logits.shape)} and {list(teacher_logits.shape)}")
     shard = vocab_shard(student_logits, group, vocab_size)
     student, teacher = share_topk([student_logits, teacher_logits], k, shard)
-    shared = _isin_rows(members(student, filler=-1), members(teacher, filler=-2)).sum(1, dtype=torch.int32)
+    shared = shared_ids(members(student, filler=-1), members(teacher, filler=-2)).sum(1, dtype=torch.int32)
     overlap = shard.sum(shared).to(torch.float32) / k
     return overlap.masked_fill_(student.invalid | teacher.invalid, torch.nan)
 

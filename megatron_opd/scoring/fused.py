@@ -89,7 +89,9 @@ class FusedTeacher:
         shard, prune = self.student.vocab_shard, self.prune
         ids = vocab_parallel_topk(logits, self.candidates, shard)[1]
         own = vocab_parallel_logprobs(logits, ids, shard)
-        view = teacher_view(teacher_logits, Candidates(ids, sampled), prune, shard.vocab_size, shard.group)
+        view = teacher_view(
+            teacher_logits, Candidates(ids, sampled), prune, shard.vocab_size, self.student.layout.groups.tp
+        )
         view["divergence"] = candidate_terms(own, view["logprobs"]).sum(-1)
         weight = torch.zeros(len(sampled), device=logits.device)
         for i, span in spans.items():

@@ -9,7 +9,8 @@ advantage, of the verifier's reward, takes over past the drift point. On the way
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,8 @@ from megatron_opd.losses import (
 )
 from megatron_opd.training.microbatch import MicroBatch
 
+Number = TypeVar("Number", Tensor, float)
+
 
 def build_loss(config: Config) -> Loss:
     """The loss that the config names, with its parameters.
@@ -41,27 +44,27 @@ def build_loss(config: Config) -> Loss:
 
 
 @dataclass(frozen=True)
-class Sums:
-    """Of one micro-batch, on its device, in float64; of a step, over all ranks, as numbers."""
+class Sums(Generic[Number]):
+    """Of one micro-batch, as scalars on its device; of a step, over all ranks, as numbers."""
 
-    loss: Tensor | float
-    gap: Tensor | float = 0.0  # |rollout - student| log-prob of the sampled tokens, nats
-    gap_above: Tensor | float = 0.0  # tokens whose gap is above rollout.gap_threshold
-    gap_tokens: Tensor | float = 0.0  # tokens whose gap was measured
-    gap_max: Tensor | float = 0.0  # the largest gap: a maximum, not a sum
+    loss: Number
+    gap: Number  # |rollout - student| log-prob of the sampled tokens, nats
+    gap_above: Number  # tokens whose gap is above rollout.gap_threshold
+    gap_tokens: Number  # tokens whose gap was measured
+    gap_max: Number  # the largest gap: a maximum, not a sum
 
-    @classmethod
-    def over_ranks(cls, parts: list[Sums], device: torch.device) -> Sums:
-        """The step's, from the micro-batches of every rank that owns results; others give none. Collective."""
-        summed = torch.zeros(len(fields(cls)) - 1, dtype=torch.float64, device=device)
-        largest = torch.zeros(1, dtype=torch.float64, device=device)
-        for part in parts:
-            columns = [torch.as_tensor(getattr(part, f.name), dtype=torch.float64, device=device) for f in fields(cls)]
-            summed += torch.stack(columns[:-1])
-            largest = torch.maximum(largest, columns[-1])
-        dist.all_reduce(summed)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return cls(*summed.tolist(), *largest.tolist())
+
+def over_ranks(parts: list[Sums[Tensor]], device: torch.device) -> Sums[float]:
+    """The step's sums from the micro-batches of every rank that owns results; other ranks give none. Collective."""
+    summed = torch.zeros(4, dtype=torch.float64, device=device)
+    largest = torch.zeros(1, dtype=torch.float64, device=device)
+    for part in parts:
+        summed += torch.stack([x.double() for x in (part.loss, part.gap, part.gap_above, part.gap_tokens)])
+        largest = torch.maximum(largest, part.gap_max.double())
+    dist.all_reduce(summed)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    loss, gap, gap_above, gap_tokens = summed.tolist()
+    return Sums(loss, gap, gap_above, gap_tokens, gap_max=largest.item())
 
 
 class Objective:
@@ -74,25 +77,23 @@ class Objective:
         self.importance_clip, self.gap_threshold = config.rollout.importance_clip, config.rollout.gap_threshold
         self.measures_gap = measures_gap(config)
 
-    def of_logits(self, logits: Tensor, micro: MicroBatch) -> tuple[Tensor, Sums]:
+    def of_logits(self, logits: Tensor, micro: MicroBatch) -> tuple[Tensor, Sums[Tensor]]:
         """logits [T, vocab / tp] -> the loss, a scalar, and the sums."""
-        weight, gap = micro.weight, {}
-        sampled = micro.sampled[:, None]
+        weight, sampled, own = micro.weight, micro.sampled[:, None], None
         if self.measures_gap:
             own = vocab_parallel_logprobs(logits.detach(), sampled, self.shard)[:, 0]
-            gap = self._gap(own, micro)
             if self.importance_clip is not None:
                 weight = weight * self._importance(own, micro, slice(None))
         options = LossOptions(self.chunk_tokens, inplace_backward=micro.advantage is None)
         total = self.loss(logits, micro.targets.first(self.k), weight, self.shard, options)
         if micro.advantage is not None:
-            own = student_logprobs(logits, sampled, self.shard, self.chunk_tokens)
-            total = total - (micro.advantage * own[:, 0]).sum()
-        return self._finished(total, gap)
+            trained = student_logprobs(logits, sampled, self.shard, self.chunk_tokens)
+            total = total - (micro.advantage * trained[:, 0]).sum()
+        return self._finished(total, own, micro)
 
     def of_hidden(
         self, hidden: Tensor, head: Tensor, micro: MicroBatch, sequence_parallel: bool
-    ) -> tuple[Tensor, Sums]:
+    ) -> tuple[Tensor, Sums[Tensor]]:
         """hidden [T, hidden size], T / tp with sequence parallelism; head [vocab / tp, hidden size] -> as above."""
         clipped = self.importance_clip is not None
         total, own = head_loss(
@@ -107,21 +108,18 @@ class Objective:
             advantage=micro.advantage,
             reweigh=(lambda own, rows: self._importance(own, micro, rows)) if clipped else None,
         )
-        return self._finished(total, self._gap(own, micro) if self.measures_gap else {})
+        return self._finished(total, own if self.measures_gap else None, micro)
 
-    def _finished(self, total: Tensor, gap: dict[str, Tensor | float]) -> tuple[Tensor, Sums]:
+    def _finished(self, total: Tensor, own: Tensor | None, micro: MicroBatch) -> tuple[Tensor, Sums[Tensor]]:
+        """`own` [T]: the student's log-probs of the sampled tokens, whose distance from the sampler's is the gap."""
         loss = total / self.response_tokens
-        return loss, Sums(loss.detach().double(), **gap)
-
-    def _gap(self, own: Tensor, micro: MicroBatch) -> dict[str, Tensor | float]:
-        """How far the student's log-probs of the sampled tokens, `own` [T], are from the sampler's."""
+        value, none = loss.detach().clone(), torch.zeros((), dtype=torch.float64, device=loss.device)
+        if own is None:
+            return loss, Sums(value, none, none, none, none)
         gap = (own - micro.rollout_logprobs)[micro.predicts].abs()
-        return {
-            "gap": gap.sum(),
-            "gap_above": (gap > self.gap_threshold).sum(),
-            "gap_tokens": gap.numel(),
-            "gap_max": gap.max() if gap.numel() else 0.0,
-        }
+        largest = gap.max() if gap.numel() else none
+        above = (gap > self.gap_threshold).sum()
+        return loss, Sums(value, gap.sum(), above, none + gap.numel(), largest)
 
     def _importance(self, own: Tensor, micro: MicroBatch, rows: slice) -> Tensor:
         """Truncated importance weights, trainer over sampler, of these tokens; 1 where no response token is

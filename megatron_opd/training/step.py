@@ -22,7 +22,7 @@ from megatron_opd.models.model import Model
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.scoring.fused import FusedTeacher
 from megatron_opd.training.microbatch import MicroBatch, build_microbatch, plan_training
-from megatron_opd.training.objective import Objective, Sums, build_loss, measures_gap
+from megatron_opd.training.objective import Objective, Sums, build_loss, measures_gap, over_ranks
 from megatron_opd.training.setup import Trainer
 from megatron_opd.types import ScoredBatch
 
@@ -77,7 +77,7 @@ class TrainingStep:
             gap_count=int(sums.gap_above),
         )
 
-    def _forward_backward(self, batch: ScoredBatch) -> tuple[Sums, int]:
+    def _forward_backward(self, batch: ScoredBatch) -> tuple[Sums[float], int]:
         """Gradients into the buffers, and over all ranks the step's sums; this rank's number of micro-batches."""
         student, fused, settings = self.trainer.student, self.fused, self.config
         multiple = fused.row_multiple if fused else 1
@@ -97,7 +97,7 @@ class TrainingStep:
             )
         if fused:
             fused.fill(batch)
-        return Sums.over_ranks(parts if student.layout.owns_results else [], student.device), len(micros)
+        return over_ranks(parts if student.layout.owns_results else [], student.device), len(micros)
 
     def _refuse(self, loss: float, norm: float) -> str:
         if not math.isfinite(loss):
@@ -121,7 +121,7 @@ class ForwardStep:
 
     def __call__(
         self, micros: Iterator[MicroBatch], chunk: torch.nn.Module
-    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Sums]]]:
+    ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Sums[Tensor]]]]:
         micro = next(micros)
         if self.fused is None:
             output = chunk(micro.tokens[None], None, None, packed_seq_params=micro.row)
@@ -129,7 +129,9 @@ class ForwardStep:
         output, teacher_logits = self.fused.forward(chunk, micro.tokens, micro.row, micro.lengths)
         return output, partial(self.loss, micro, teacher_logits)
 
-    def loss(self, micro: MicroBatch, teacher_logits: Tensor | None, output: Tensor) -> tuple[Tensor, Tensor, Sums]:
+    def loss(
+        self, micro: MicroBatch, teacher_logits: Tensor | None, output: Tensor
+    ) -> tuple[Tensor, Tensor, Sums[Tensor]]:
         """The last stage's output [1, T, ...] -> loss, a token count of zero (it is divided already), the sums."""
         if self.fused_head:
             head, split = head_parameter(self.student), self.student.config.sequence_parallel
