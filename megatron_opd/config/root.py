@@ -61,8 +61,8 @@ class Config(Section):
             )
         if self.loss.fused_head and not fused_head:
             problems.append(
-                f"loss.fused_head: true works with loss.kind: topk_reverse_kl or sampled_reverse_kl; {self.loss.kind} "
-                "reads whole logits: set loss.fused_head: false"
+                "loss.fused_head: true works with losses on a few log-probs (topk_reverse_kl, sampled_reverse_kl, a "
+                f"LogprobLoss of your own); {self.loss.kind} reads whole logits: set loss.fused_head: false"
             )
         if self.loss.fused_head and self.score.mode == "fused":
             problems.append(

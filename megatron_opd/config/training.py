@@ -27,7 +27,8 @@ class LossConfig(Section):
     everywhere; on the CPU that is its interpreter, TRITON_INTERPRET=1, for tests."""
     fused_head: bool = False
     """Student's output layer and loss in one, in chunks of `chunk_tokens`, so that a row's logits are never whole: the
-    memory of long rows. For topk_reverse_kl and sampled_reverse_kl with score.mode: separate."""
+    memory of long rows. For topk_reverse_kl, sampled_reverse_kl and a LogprobLoss of your own with score.mode:
+    separate."""
 
     @property
     def parameters(self) -> dict[str, Any]:
