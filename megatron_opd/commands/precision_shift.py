@@ -1,6 +1,6 @@
 """`megatron-opd doctor --fp8 CONFIG`: what FP8 does to the numbers that pruning decides by.
 
-FP8 changes logits, and the overlap of two models' most likely tokens decides drift. Here the same answers are read by
+FP8 changes logits, and the overlap of two models' most likely tokens decides drift. Here the same responses are read by
 student and teacher in bf16 and in FP8, and what follows from their candidates is compared: overlap, drift events at
 several thresholds, effective length. The comparison itself knows nothing of FP8: it takes any two readings.
 """
@@ -40,7 +40,7 @@ THRESHOLDS = (0.5, 0.6, 0.7, 0.8, 0.9)
 LIMIT = 0.01  # a threshold is supported where no combination moves the event rate by more than this
 PROMPTS, TOKENS = 32, 1024
 
-Reading = Sequence[Tensor]  # of each answer, a model's candidates [T, K]
+Reading = Sequence[Tensor]  # of each response, a model's candidates [T, K]
 Changes = Mapping[str, Any]  # keys of a ModelConfig
 
 
@@ -54,12 +54,12 @@ class Row:
     changed: float  # share of tokens whose overlap is not that of the first combination
     event_rate: dict[float, float]  # by threshold: share of tokens that are events
     flipped: dict[float, float]  # by threshold: share of tokens that are an event in one of the two alone
-    effective_length: dict[float, float]  # by threshold: mean over answers, in tokens
+    effective_length: dict[float, float]  # by threshold: mean over responses, in tokens
 
 
 @dataclass(frozen=True)
 class Shift:
-    """What reading the same answers differently does."""
+    """What reading the same responses differently does."""
 
     tokens: int
     rows: list[Row]  # plain with plain first
@@ -152,7 +152,7 @@ def measure(
     names: tuple[str, str],
     ways: Mapping[str, tuple[Changes, Changes]],
 ) -> Shift:
-    """Builds each model in both ways, one at a time, and compares how they read the answers of the first student.
+    """Builds each model in both ways, one at a time, and compares how they read the responses of the first student.
 
     Collective over all ranks; the same result on each.
 

@@ -33,7 +33,7 @@ class DataConfig(Section):
     suffix: str = ""
     """Instruction put behind every prompt's text."""
     verifier: VerifierName = "math"
-    """Scores training answers for `prune.after_drift: grpo`; values as eval.sets.verifier."""
+    """Scores training responses for `prune.after_drift: grpo`; values as eval.sets.verifier."""
     tokenizer: FilePath | None = None
     """Directory or sentencepiece .model file; null takes the student's."""
     max_prompt_tokens: Positive = 1024
@@ -59,7 +59,7 @@ class EvalSetConfig(Section):
     renamed: ClassVar[dict[str, str]] = {"answers_per_prompt": "responses_per_prompt"}
 
     name: str = Field(pattern=r"^[\w.@-]+$")
-    """Name in the metrics and of the answers' file: letters, digits and . @ _ -"""
+    """Name in the metrics and of the responses' file: letters, digits and . @ _ -"""
     prompts: FilePath
     """As data.prompts."""
     verifier: VerifierName = "math"
@@ -74,7 +74,7 @@ class EvalSetConfig(Section):
     top_p: float = Field(default=0.95, gt=0, le=1)
     """Nucleus sampling."""
     limit: Positive | None = None
-    """Use only the first prompts; of reasoning_gym:NAME and MODULE:FUNCTION draw so many (null: 500)."""
+    """Use only the first N prompts; of reasoning_gym:NAME and MODULE:FUNCTION draw N (null: 500)."""
     seed: int = Field(default=1, ge=0)
     """Seed of reasoning_gym:NAME and of MODULE:FUNCTION; keep it different from data.seed."""
     prompt_key: str | None = None
@@ -91,7 +91,7 @@ class EvalConfig(Section):
     renamed: ClassVar[dict[str, str]] = {"save_answers": "save_responses", "chunk_answers": "chunk_responses"}
 
     every: int = Field(default=20, ge=0)
-    """Evaluate after every so many steps; 0 for never."""
+    """Evaluate after every N steps; 0 for never."""
     at_start: bool = False
     """Evaluate before the first step."""
     at_end: bool = True
@@ -99,12 +99,12 @@ class EvalConfig(Section):
     sets: list[EvalSetConfig] = Field(default_factory=list)
     """Data sets."""
     verifier_timeout_s: float = Field(default=10.0, gt=0)
-    """A verifier that takes longer on one answer counts it wrong."""
+    """A verifier that takes longer on one response counts it as wrong."""
     verifier_workers: Positive = 2
-    """Processes that verify answers, on the first rank's machine."""
+    """Processes that verify responses, on the first rank's machine."""
     save_responses: bool = True
-    """Write every answer to RUN/eval/ as JSONL; an interrupted evaluation goes on from them."""
+    """Write every response to RUN/eval/ as JSONL; an interrupted evaluation goes on from that file."""
     chunk_responses: Positive = 1024
-    """Answers generated between two writes of that file; an interruption loses at most so many."""
+    """Responses generated between two writes of that file, which is what an interruption can lose."""
     seed: int = 0
     """Seed of evaluation's sampling."""

@@ -20,7 +20,7 @@ class BudgetConfig(Section):
     step: Positive = 100
     """Tokens by which the budget grows or shrinks."""
     margin: int = Field(default=100, ge=0)
-    """An answer is a hit where its effective length reaches max(minimum, budget - margin)."""
+    """A response is a hit where its effective length reaches max(minimum, budget - margin)."""
     hit_ratio: float = Field(default=0.1, gt=0.0, le=1.0)
     """Share of hits in a batch from which the budget grows."""
     patience: Positive = 3
@@ -64,15 +64,15 @@ class PruneConfig(Section):
     cut: Literal["none", "reliability"] = "none"
     """reliability: what follows the last reliable position is not trained on and costs nothing."""
     in_flight: bool = False
-    """Score while generating and stop an answer whose reliability is spent."""
+    """Score while generating and stop a response whose reliability is spent."""
     segment: Positive = 128
     """Tokens between two looks of the teacher, in flight."""
     after_drift: Literal["drop", "attenuate", "grpo"] = "drop"
-    """in_flight only. drop: answers end at their drift point. attenuate: they are generated on and trained on with
+    """in_flight only. drop: responses end at their drift point. attenuate: they are generated on and trained on with
     w_base. grpo: for `grpo_share` of the prompts they are generated on, and positions past the drift point learn from
-    the verifier's reward, normalised over the prompt's answers."""
+    the verifier's reward, normalised over the prompt's responses."""
     grpo_share: Fraction = 0.25
-    """Share of prompts whose answers are generated to the end for `after_drift: grpo`."""
+    """Share of prompts whose responses are generated to the end for `after_drift: grpo`."""
     grpo_coefficient: float = Field(default=1.0, ge=0.0)
     """Weight of the reward's policy gradient beside the distillation loss."""
     budget: BudgetConfig = Field(default_factory=BudgetConfig)

@@ -23,7 +23,7 @@ class RolloutConfig(Section):
     top_k: int = Field(default=0, ge=0)
     """Sample among the k most likely tokens; 0 is off."""
     max_batch: Positive = 256
-    """Answers in generation at once per data- and context-parallel rank (or vLLM engine); the others wait for a free
+    """Responses in generation at once per data- and context-parallel rank (or vLLM engine); the others wait for a free
     place."""
     tensor: Positive = 1
     """vLLM only: tensor-parallel size of one engine."""
@@ -41,7 +41,7 @@ class RolloutConfig(Section):
     api_key_env: str = "MEGATRON_OPD_VLLM_API_KEY"
     """Environment variable that holds the servers' API key; unset means none is sent."""
     server_timeout_s: float = Field(default=600.0, gt=0)
-    """A request without an answer for this long counts as failed and goes to another replica."""
+    """A request without a reply for this long counts as failed and goes to another replica."""
     server_retries: int = Field(default=5, ge=0)
     """Attempts per request after the first, with doubling back-off."""
     transfer: Literal["auto", "nccl", "ipc", "file"] = "auto"

@@ -109,13 +109,13 @@ class TrainConfig(Section):
 
 class CheckpointConfig(Section):
     every: int = Field(default=20, ge=0)
-    """Save after every so many steps; 0 saves at the end alone."""
+    """Save after every N steps; with 0 the run is saved at its end only."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of run_dir. never: refuse a run_dir that has one."""
     keep_last: Positive = 2
     """Newest checkpoints kept."""
     keep_every: int = Field(default=0, ge=0)
-    """Checkpoints at multiples of so many steps are kept for good; 0 for none."""
+    """Checkpoints at multiples of N steps are kept for good; 0 keeps none."""
     asynchronous: bool = False
     """Write in the background while training goes on."""
     max_failures: Positive = 3

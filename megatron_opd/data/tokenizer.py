@@ -27,7 +27,7 @@ class Tokenizer(ABC):
     """Number of real ids, the largest with a piece plus one; the model's own (padded) vocabulary may be larger."""
     bos_id: int | None
     eos_ids: frozenset[int]
-    """Every id that ends an answer: the model's generation_config.json (else config.json) and the tokenizer's own."""
+    """Every id that ends a response: the model's generation_config.json (else config.json) and the tokenizer's own."""
     eos_source: str
     """Where `eos_ids` come from, in words, for the log."""
     pad_id: int
@@ -50,7 +50,7 @@ class Tokenizer(ABC):
         """What else decides how text is split (merges, scores, normalisation), as text."""
 
     def chat(self, messages: list[Message], thinking: bool | None = None) -> str:
-        """The chat template's text of the messages, up to where the answer starts. Raises TokenizerError."""
+        """The chat template's text of the messages, up to where the response starts. Raises TokenizerError."""
         raise TokenizerError(f"{self.path} has no chat template; set data.template: none")
 
     def fingerprint(self) -> str:
@@ -67,7 +67,7 @@ class Tokenizer(ABC):
             raise TokenizerError(f"{folder / name}: eos_token_id {wrong[0]} is beyond the {self.vocab_size} known ids")
         if not found:
             raise TokenizerError(
-                f"{self.path} names no end-of-answer id; set eos_token_id in {folder / 'generation_config.json'}"
+                f"{self.path} names no end-of-response id; set eos_token_id in {folder / 'generation_config.json'}"
             )
         self.eos_ids = frozenset(found)
         origins = [f"{name} {sorted(ids)}"] if ids else []
@@ -194,7 +194,7 @@ def compare_tokenizers(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     """Checks that an id means the same to both models.
 
     Base and instruct models of a family share all pieces but not always the EOS ids or the chat template. Those may
-    differ: prompts and the end of answers follow the student alone. Returns such differences as sentences for the log.
+    differ: prompts and the end of responses follow the student alone. Returns such differences as sentences.
 
     Raises:
         TokenizerError: names the first difference that matters: size, then a piece, then the BOS id.
@@ -219,8 +219,8 @@ def compare_tokenizers(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     notes = []
     if student.eos_ids != teacher.eos_ids:
         notes.append(
-            f"EOS ids differ, student {sorted(student.eos_ids)}, teacher {sorted(teacher.eos_ids)}; answers end at the "
-            f"student's, from {student.eos_source}"
+            f"EOS ids differ, student {sorted(student.eos_ids)}, teacher {sorted(teacher.eos_ids)}; responses end "
+            f"at the student's, from {student.eos_source}"
         )
     if student.chat_template != teacher.chat_template:
         notes.append("chat templates differ; prompts use the student's")

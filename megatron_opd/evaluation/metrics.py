@@ -1,4 +1,4 @@
-"""avg@k, pass@k and maj@k with bootstrap confidence intervals, as pure functions of judged answers."""
+"""avg@k, pass@k and maj@k with bootstrap confidence intervals, as pure functions of judged responses."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Answer:
-    """One judged answer. `length` in tokens; `truncated`: ended by its length limit instead of EOS."""
+    """One judged response. `length` in tokens; `truncated`: ended by its length limit instead of EOS."""
 
     uid: int
     sample: int
@@ -25,10 +25,10 @@ class Answer:
 
 
 def pass_at_k(samples: int, correct: int, k: int) -> float:
-    """Chance that k answers drawn without replacement from `samples` hold a correct one: the unbiased estimator
+    """Chance that k responses drawn without replacement from `samples` hold a correct one: the unbiased estimator
     1 - C(samples - correct, k) / C(samples, k) of the Codex paper (arXiv 2107.03374)."""
     if not 1 <= k <= samples:
-        raise ValueError(f"pass@{k} needs 1 to {samples} answers")
+        raise ValueError(f"pass@{k} needs 1 to {samples} responses")
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
@@ -61,7 +61,7 @@ def bootstrap_interval(
 
 
 def summarize(answers: Sequence[Answer], k: int, seed: int = 0) -> dict[str, float]:
-    """One data set's numbers; every prompt must have k answers.
+    """One data set's numbers; every prompt must have k responses.
 
     Keys: accuracy (= avg@k); avg@k, maj@k and pass@1, 2, 4, ... k (k as a number), each with `_low` and `_high` of its
     95% interval; score (mean score with partial credit), prompts, answers, length_mean (tokens), truncated (share),
@@ -71,10 +71,10 @@ def summarize(answers: Sequence[Answer], k: int, seed: int = 0) -> dict[str, flo
     for a in answers:
         by_prompt[a.uid].append(a)
     if not by_prompt:
-        raise ValueError("no answers to summarize")
+        raise ValueError("no responses to summarize")
     for uid, group in by_prompt.items():
         if len(group) != k:
-            raise ValueError(f"prompt {uid} has {len(group)} answers, not {k}")
+            raise ValueError(f"prompt {uid} has {len(group)} responses, not {k}")
     counts = [sum(a.correct for a in group) for group in by_prompt.values()]
     values = {f"avg@{k}": [c / k for c in counts], f"maj@{k}": [majority(g) for g in by_prompt.values()]}
     for size in sorted({k, *(2**i for i in range(k.bit_length()))}):

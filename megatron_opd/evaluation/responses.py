@@ -1,4 +1,4 @@
-"""The file of judged answers: to be read by people, and by an evaluation that goes on after an interruption."""
+"""The file of judged responses: to be read by people, and by an evaluation that goes on after an interruption."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from megatron_opd.rollout.base import Request
 
 
 def request_key(identity: dict[str, Any], seed: int, policy_version: int, model_id: str, request: Request) -> str:
-    """A hash of everything that decides an answer and its verdict, so that none is taken for another."""
+    """A hash of everything that decides a response and its verdict, so that none is taken for another."""
     prompt = request.prompt
     parts = [identity, seed, policy_version, model_id, request.index, prompt.uid, prompt.tokens, prompt.answer]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
@@ -26,7 +26,7 @@ def answer_of(record: dict[str, Any]) -> Answer:
 
 
 class ResponseFile:
-    """JSONL, one judged answer a line, written in chunks."""
+    """JSONL, one judged response a line, written in chunks."""
 
     def __init__(self, path: Path):
         self.path = path

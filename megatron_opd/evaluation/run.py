@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 
 class EvaluationError(RunError):
-    """The writing rank could not verify, save or read back answers; raised on every rank alike."""
+    """The writing rank could not verify, save or read back responses; raised on every rank alike."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def evaluate(
 ) -> dict[str, Any]:
     """Evaluates the engine's current parameters on every set. Collective: all ranks call it with equal arguments.
 
-    Rank 0 (`is_writer`) verifies and writes `out_dir/NAME-stepSTEP.jsonl`, one answer a line, and the summary
+    Rank 0 (`is_writer`) verifies and writes `out_dir/NAME-stepSTEP.jsonl`, one response a line, and the summary
     `out_dir/stepSTEP.json`. Called again after an interruption it generates only what that file lacks; an answer is
     taken from it where data set, prompt, sample, sampling settings, weight version and `model_id` (what the weight
     version does not tell apart, such as a checkpoint's name) are the same.
@@ -83,7 +83,12 @@ def evaluate(
         if problems:
             result["problems"][name] = problems
             if is_writer:
-                log.warning("%s: %d answers counted wrong unjudged: %s ...", name, len(problems), problems[0])
+                log.warning(
+                    "%s: %d responses counted as wrong, as they could not be judged: %s ...",
+                    name,
+                    len(problems),
+                    problems[0],
+                )
     on_rank_0(lambda: _write_json(out_dir / f"step{step}.json", {"step": step, **result}), otherwise=EvaluationError)
     return result
 
@@ -102,10 +107,10 @@ def _evaluate_set(engine: RolloutEngine, judge: _Judge, model_id: str) -> tuple[
         chunk = pending[start : start + settings.chunk_responses]
         rollouts = engine.generate([requests[i] for i in chunk], sampling)
         if [r.index for r in rollouts] != [requests[i].index for i in chunk]:
-            raise EvaluationError("the rollout engine returned other answers than were asked for")
+            raise EvaluationError("the rollout engine returned other responses than were asked for")
         stale = {r.policy_version for r in rollouts} - {version}
         if stale:
-            raise EvaluationError(f"answers come from weight versions {sorted(stale)}, the engine holds {version}")
+            raise EvaluationError(f"responses come from policy versions {sorted(stale)}, the engine holds {version}")
         chunk_keys = [keys[i] for i in chunk]
         on_rank_0(partial(judge.add, rollouts, chunk_keys), otherwise=EvaluationError)
     return on_rank_0(judge.summary, otherwise=EvaluationError)
@@ -123,15 +128,15 @@ class _Judge:
         self.pool = VerifierPool(eval_set.config.verifier, settings.verifier_timeout_s, settings.verifier_workers)
 
     def resume(self, keys: list[str]) -> list[int]:
-        """Takes over answers of an earlier attempt; returns the places in `keys` that are still to be generated."""
+        """Takes over responses of an earlier attempt; returns the places in `keys` that are still to be generated."""
         if self.file is not None:
             self.answers = {key: answer_of(record) for key, record in self.file.open(set(keys)).items()}
             if self.answers:
-                log.info("%s: %d of %d answers are there already", self.file.path, len(self.answers), len(keys))
+                log.info("%s: %d of %d responses are there already", self.file.path, len(self.answers), len(keys))
         return [i for i, key in enumerate(keys) if key not in self.answers]
 
     def add(self, rollouts: list[Rollout], keys: list[str]) -> None:
-        """Verifies and saves new answers."""
+        """Verifies and saves new responses."""
         texts = [self.tokenizer.decode(r.tokens.tolist()) for r in rollouts]
         cases = []
         for rollout, text in zip(rollouts, texts, strict=True):
@@ -163,7 +168,7 @@ class _Judge:
         self.answers |= {record["key"]: answer_of(record) for record in records}
 
     def summary(self) -> tuple[dict[str, float], list[str]]:
-        """The set's numbers, and the answers that no verdict was reached on."""
+        """The set's numbers, and the responses that no verdict was reached on."""
         answers = list(self.answers.values())
         problems = [f"prompt {a.uid}, sample {a.sample}: {a.problem}" for a in answers if a.problem is not None]
         return summarize(answers, self.eval_set.config.responses_per_prompt, self.settings.seed), problems

@@ -119,7 +119,7 @@ def test_bad_eos_is_named(tmp_path):
     (folder / "generation_config.json").write_text("{")
     with pytest.raises(TokenizerError, match="generation_config.json is not readable JSON"):
         load_tokenizer(folder)
-    with pytest.raises(TokenizerError, match="names no end-of-answer id"):
+    with pytest.raises(TokenizerError, match="names no end-of-response id"):
         load_tokenizer(make_hugging_face(tmp_path / "b", eos=None))
 
 
@@ -142,7 +142,7 @@ def test_equal_pieces_with_other_eos_and_template_pass_with_notes(tmp_path):
     student = load_tokenizer(make_hugging_face(tmp_path / "base", eos="<|endoftext|>", generation_eos=0))
     teacher = load_tokenizer(make_hugging_face(tmp_path / "chat", generation_eos=[2, 0], template=PLAIN_TEMPLATE))
     eos, template = compare_tokenizers(student, teacher)
-    assert "student [0], teacher [0, 2]; answers end at the student's, from generation_config.json [0]" in eos
+    assert "student [0], teacher [0, 2]; responses end at the student's, from generation_config.json [0]" in eos
     assert "chat templates differ" in template
     assert compare_tokenizers(student, student) == []
     assert student.fingerprint() != teacher.fingerprint()

@@ -22,7 +22,7 @@ def test_pass_at_k_is_the_share_of_draws_with_a_right_answer(n, c, k):
 
 
 def test_pass_at_k_needs_enough_answers():
-    with pytest.raises(ValueError, match="pass@5 needs 1 to 4 answers"):
+    with pytest.raises(ValueError, match="pass@5 needs 1 to 4 responses"):
         pass_at_k(4, 1, 5)
 
 
@@ -80,7 +80,7 @@ def test_summary_of_three_answers_has_pass_at_three():
 
 
 def test_summary_refuses_missing_answers():
-    with pytest.raises(ValueError, match="prompt 5 has 1 answers, not 2"):
+    with pytest.raises(ValueError, match="prompt 5 has 1 responses, not 2"):
         summarize([answer(5)], 2)
-    with pytest.raises(ValueError, match="no answers"):
+    with pytest.raises(ValueError, match="no responses"):
         summarize([], 2)

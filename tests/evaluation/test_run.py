@@ -227,7 +227,7 @@ def test_errors_say_what_is_wrong(tokenizer, tmp_path):
             rollouts[2].policy_version = 6
             return rollouts
 
-    with pytest.raises(EvaluationError, match=r"weight versions \[6\], the engine holds 7"):
+    with pytest.raises(EvaluationError, match=r"policy versions \[6\], the engine holds 7"):
         evaluate(Old(tokenizer), sets, tokenizer, settings, tmp_path / "old", 1, True)
     with pytest.raises(DataError, match="eval set easy: .*none.jsonl: no such file"):
         setup(tokenizer, str(tmp_path / "none.jsonl"))

@@ -25,7 +25,7 @@ LAST_BACKOFF_S = 60.0
 
 
 def backoff_s(failures: int) -> float:
-    """Seconds to wait after so many failures in a row: doubling, up to a minute."""
+    """Seconds to wait after that many failures in a row: doubling, up to a minute."""
     return min(FIRST_BACKOFF_S * 2 ** max(failures - 1, 0), LAST_BACKOFF_S)
 
 
