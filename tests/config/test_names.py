@@ -14,10 +14,11 @@ KEYS = ("prune.signal", "loss.kind", "rollout.engine", "data.verifier")
 @pytest.mark.parametrize("key", KEYS)
 def test_a_name_is_the_packages_or_your_own(key: str) -> None:
     section, name = key.split(".")
-    assert getattr(getattr(read(**{section: {name: "my.module:Thing"}}), section), name) == "my.module:Thing"
+    others = {"prompts": "/p.jsonl"} if section == "data" else {}
+    assert getattr(getattr(read(**{section: {name: "my.module:Thing"} | others}), section), name) == "my.module:Thing"
     for wrong in ("overlapp", "module:", ":Thing", "my module:Thing", "a:b:c"):
         with pytest.raises(ConfigError, match=rf"{key}: must be one of .*, or your own as MODULE:NAME \(got '{wrong}'"):
-            read(**{section: {name: wrong}})
+            read(**{section: {name: wrong} | others})
 
 
 def test_options_go_to_a_loss_of_ones_own() -> None:
