@@ -64,12 +64,15 @@ class Rollout:
 
 @dataclass
 class TeacherScores:
-    """The teacher's view of one response, on the student's candidates."""
+    """What the teacher says of one response, on the student's candidates.
 
-    logprobs: Tensor  # [T, K] float32, the teacher's log-probs at the student's top-k ids
-    sampled_logprobs: Tensor  # [T] float32, at the sampled tokens
-    overlap: Tensor  # [T] float32, share of the student's K ids in the teacher's own top-k; NaN where not measured
-    accepted: Tensor  # [T] bool, sampled token inside the teacher's top-p nucleus; only for that signal
+    It has read the first M tokens: all, or those up to the point where reliability is spent.
+    """
+
+    logprobs: Tensor  # [T, K] float32, the teacher's log-probs at the student's top-k ids; behind M the student's own
+    sampled_logprobs: Tensor  # [T] float32, at the sampled tokens; behind M the student's own
+    columns: dict[str, Tensor]  # [M, ...] by name, what the drift signal has kept of the teacher's logits
+    measured: int  # M
 
 
 @dataclass

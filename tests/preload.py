@@ -7,7 +7,7 @@ os.environ.update(OMP_NUM_THREADS="1", GLOO_SOCKET_IFNAME="lo")
 
 import megatron_opd.models.build  # noqa: E402, F401
 import megatron_opd.rollout.megatron.engine  # noqa: E402, F401
-import megatron_opd.scoring.score  # noqa: E402, F401
+import megatron_opd.scoring.factory  # noqa: E402, F401
 import megatron_opd.training.loop  # noqa: E402, F401
 import tests.layouts  # noqa: E402, F401
 from megatron_opd.compat.cpu_platform import apply_cpu_platform  # noqa: E402

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from benchmark.common import print_table
 
-PHASES = ("rollout_s", "score_s", "cut_s", "train_s", "sync_s")
+from megatron_opd.training.clock import PHASE_KEYS
 
 
 def main() -> int:
@@ -35,7 +35,9 @@ def show(run: Path, steps: list[dict]) -> None:
             rows.append([key, *(f"{v:.4g}" for v in (sum(values) / len(values), min(values), max(values), values[-1]))])
     print_table(f"{run}: {len(steps)} steps", ("", "mean", "least", "most", "last"), rows)
     total = sum(s["step_s"] for s in steps)
-    print(f"phases: {100 * sum(s.get(p, 0.0) for s in steps for p in PHASES) / total:.2f}% of {total:.1f} s of steps")
+    print(
+        f"phases: {100 * sum(s.get(p, 0.0) for s in steps for p in PHASE_KEYS) / total:.2f}% of {total:.1f} s of steps"
+    )
 
 
 if __name__ == "__main__":

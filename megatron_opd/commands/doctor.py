@@ -21,6 +21,7 @@ from megatron_opd.data.tokenizer import Tokenizer
 from megatron_opd.evaluation.verifiers import VerifierPool, reference_problems
 from megatron_opd.models.model import Model
 from megatron_opd.prune import drift_events
+from megatron_opd.prune.signals import TopKOverlap
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.rollout.reference import largest_difference
@@ -231,10 +232,9 @@ def _self_distillation(doctor: Doctor) -> str:
     config, trainer = doctor.config, doctor.trainer
     assert trainer is not None
     rollouts = _sample_batch(doctor)
-    prune = config.prune.model_copy(update={"signal": "overlap"})
-    scores = score_rollouts(trainer.student, rollouts, prune, config.train.tokens_per_microbatch)
+    scores = score_rollouts(trainer.student, rollouts, TopKOverlap(config.prune), config.train.tokens_per_microbatch)
     gap = max(float((s.logprobs - r.topk_logprobs).abs().max()) for r, s in zip(rollouts, scores))
-    overlap = torch.cat([s.overlap for s in scores]).mean()
+    overlap = torch.cat([s.columns["overlap"] for s in scores]).mean()
     fp32 = trainer.student.config.params_dtype == torch.float32
     text = f"overlap {overlap:.4f}, largest log-prob gap between engine and scoring pass {gap:.2g} nats"
     if overlap < (0.999 if fp32 else 0.95) or gap > (1e-3 if fp32 else 0.5):
@@ -246,9 +246,11 @@ def _first_batch(doctor: Doctor) -> str:
     """Overlap histogram and event rate, from which threshold and w_drop can be judged."""
     config, trainer = doctor.config, doctor.trainer
     assert trainer is not None
-    prune = config.prune.model_copy(update={"signal": "overlap"})
-    scores = score_rollouts(trainer.teacher, _sample_batch(doctor), prune, config.train.tokens_per_microbatch)
-    overlap = torch.cat([s.overlap for s in scores])
+    prune = config.prune
+    scores = score_rollouts(
+        trainer.teacher, _sample_batch(doctor), TopKOverlap(prune), config.train.tokens_per_microbatch
+    )
+    overlap = torch.cat([s.columns["overlap"] for s in scores])
     rate = float(
         drift_events(overlap[None], torch.ones_like(overlap[None], dtype=torch.bool), prune.threshold).float().mean()
     )

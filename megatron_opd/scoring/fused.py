@@ -3,8 +3,8 @@
 Needs equal layouts. Between two stages travels one tensor, the student's hidden states and behind them the teacher's;
 the teacher's columns carry no gradient. On the last stage both models' logits of a row meet inside the loss function,
 so nothing but a few numbers per token is stored, and the losses over the full vocabulary become possible. A row holds
-whole answers, hence the events of each can be counted there and then; context-parallel ranks, each with a part of every
-answer, exchange their numbers of events.
+whole responses, hence the events of each can be counted there and then; context-parallel ranks, each with a part of
+every response, exchange their numbers of events.
 """
 
 from __future__ import annotations
@@ -16,19 +16,35 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.config import PruneConfig
+from megatron_opd.config import Config, PruneConfig
 from megatron_opd.losses import DistillTargets, candidate_terms, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.exchange import Fields, share_responses
-from megatron_opd.prune import from_events
-from megatron_opd.scoring.judge import drift_events_of
-from megatron_opd.scoring.view import Candidates, teacher_view
-from megatron_opd.types import ScoredBatch, TeacherScores
+from megatron_opd.prune.signals import make_signal
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
+from megatron_opd.scoring.base import Clock, Scoring
+from megatron_opd.scoring.prune_weights import weigh
+from megatron_opd.scoring.teacher_view import Candidates, columns_of, own_columns, teacher_view
+from megatron_opd.types import Rollout, ScoredBatch, TeacherScores
+
+
+class FusedScoring(Scoring):
+    """Generates alone: the scores, and the prune weights with them, are made in the training pass by `FusedTeacher`."""
+
+    def __init__(self, config: Config, engine: RolloutEngine, teacher: Model) -> None:
+        super().__init__(config, engine, teacher)
+        self.candidates = 0  # those of the trainer's own logits are taken
+
+    def generate_and_score(
+        self, requests: list[Request], sampling: Sampling, clock: Clock
+    ) -> tuple[list[Rollout], list[TeacherScores]]:
+        with clock.phase("rollout"):
+            return self._generate(requests, sampling), []
 
 
 @dataclass(frozen=True)
-class Judged:
+class ScoredRow:
     """One row on the last stage."""
 
     targets: DistillTargets  # [T, K] and [T], live logits [T, vocab / tp]
@@ -36,13 +52,14 @@ class Judged:
 
 
 class FusedTeacher:
-    """Runs the teacher inside the student's forward steps and judges each row as it comes out."""
+    """Runs the teacher inside the student's forward steps and scores each row as it comes out."""
 
     def __init__(self, student: Model, teacher: Model, prune: PruneConfig, candidates: int) -> None:
         self.student, self.teacher, self.prune, self.candidates = student, teacher, prune, candidates
+        self.signal = make_signal(prune)
         self.widths = [student.config.hidden_size, teacher.config.hidden_size]
         self.row_multiple = math.lcm(student.row_multiple, teacher.row_multiple)
-        self._found: list[tuple[int, Fields]] = []
+        self._scored: list[tuple[int, Fields]] = []  # index of a response, this rank's part of its scores
 
     def forward(
         self, chunk: torch.nn.Module, tokens: Tensor, row: PackedRow, lengths: list[int]
@@ -71,37 +88,35 @@ class FusedTeacher:
         return torch.cat([out, other], dim=-1), None
 
     @torch.no_grad()
-    def judge(
+    def score(
         self,
         logits: Tensor,
         teacher_logits: Tensor,
         sampled: Tensor,
         spans: dict[int, slice],
         predicts: Tensor,
-    ) -> Judged:
-        """From both models' logits [T, vocab / tp] of a row to what the loss needs; remembers each answer's part.
+    ) -> ScoredRow:
+        """From both models' logits [T, vocab / tp] of a row to what the loss needs; remembers each response's part.
 
         Args:
             sampled: [T] int64, the response token that each position predicts.
-            spans: this rank's part of each answer's sequence, by the answer's place in the batch.
+            spans: this rank's part of each response's sequence, by the response's index in the batch.
             predicts: [T] bool, where a response token is predicted.
         """
-        shard, prune = self.student.vocab_shard, self.prune
+        shard = self.student.vocab_shard
         ids = vocab_parallel_topk(logits, self.candidates, shard)[1]
         own = vocab_parallel_logprobs(logits, ids, shard)
-        view = teacher_view(
-            teacher_logits, Candidates(ids, sampled), prune, shard.vocab_size, self.student.layout.groups.tp
-        )
-        view["divergence"] = candidate_terms(own, view["logprobs"]).sum(-1)
+        view = teacher_view(teacher_logits, Candidates(ids, own, sampled), self.signal, self.teacher)
+        view["reverse_kl"] = candidate_terms(own, view["logprobs"]).sum(-1)
         weight = torch.zeros(len(sampled), device=logits.device)
-        for i, span in spans.items():
+        for index, span in spans.items():
             mask = predicts[span]
             part = {name: column[span] for name, column in view.items()}
             weight[span], events, effective = self._weigh(part, mask)
             del part["logprobs"]  # a table of [T, K] that nobody reads again
             part = {name: column[mask] for name, column in (part | {"weight": weight[span]}).items()}
-            self._found.append((i, part | {"events": events, "effective": effective}))
-        return Judged(
+            self._scored.append((index, part | {"events": events, "effective": effective}))
+        return ScoredRow(
             DistillTargets(
                 student_ids=ids,
                 teacher_logprobs=view["logprobs"],
@@ -113,35 +128,28 @@ class FusedTeacher:
         )
 
     def _weigh(self, part: Fields, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Prune weights [T] of this rank's part of one answer's sequence, whose response tokens `mask` [T] names, and
-        the whole answer's number of events [1] and effective length [1]."""
-        prune, context = self.prune, self.student.layout.groups.cp
+        """Prune weights [T] of this rank's part of one response's sequence, whose response tokens `mask` [T] names, and
+        the whole response's number of events [1] and effective length [1]."""
+        context = self.student.layout.groups.cp
         group = context if context.size() > 1 else None
-        if prune.signal == "none":
-            weight, events, effective = mask.float(), mask.new_zeros(1, dtype=torch.int64), mask.sum()[None]
-            if group is not None:
-                dist.all_reduce(effective, group=group)
-            return weight, events, effective
-        score = TeacherScores(part["logprobs"], part["sampled_logprobs"], part["overlap"], part["accepted"])
-        result = from_events(drift_events_of([score], mask[None], prune), mask[None], prune.w_drop, prune.w_base, group)
-        events = result.total_events
+        events = self.signal.response_events(columns_of(part), len(mask))
+        result = weigh(events[None], mask[None], self.prune, group)
+        total = result.total_events
         if group is not None:
-            dist.all_reduce(events, group=group)
-        return result.loss_weight[0], events, result.effective_length
+            dist.all_reduce(total, group=group)
+        return result.loss_weight[0], total, result.effective_length
 
     def fill(self, batch: ScoredBatch) -> None:
-        """After the schedule: every answer's scores and prune weights into `batch`, on every rank. Collective."""
-        found, self._found = self._found, []
-        answers = [(len(r.prompt.tokens), len(r)) for r in batch.rollouts]
+        """After the schedule: every response's scores and prune weights into `batch`, on every rank. Collective."""
+        scored, self._scored = self._scored, []
+        lengths = [(len(r.prompt.tokens), len(r)) for r in batch.rollouts]
         student = self.student
-        parts = share_responses(found, student.layout, student.device, answers, once=("events", "effective"))
+        parts = share_responses(scored, student.layout, student.device, lengths, once=("events", "effective"))
         batch.scores = [
-            TeacherScores(
-                p["overlap"].new_zeros(len(p["overlap"]), 0), p["sampled_logprobs"], p["overlap"], p["accepted"]
-            )
-            for p in parts
+            TeacherScores(torch.zeros(len(r), 0), p["sampled_logprobs"], own_columns(p), len(r))
+            for r, p in zip(batch.rollouts, parts)
         ]
         batch.prune_weight = [p["weight"] for p in parts]
         batch.effective_length = [int(p["effective"]) for p in parts]
         batch.events = [int(p["events"]) for p in parts]
-        batch.reverse_kl = [p["divergence"] for p in parts]
+        batch.reverse_kl = [p["reverse_kl"] for p in parts]

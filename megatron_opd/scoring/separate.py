@@ -1,4 +1,4 @@
-"""A model's forward pass over whole answers, packed, in its own layout; the teacher's scores come from it."""
+"""After generation, the teacher's own forward pass over whole responses, packed, in its own layout."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from megatron_opd.config import PruneConfig
 from megatron_opd.losses.topk import vocab_parallel_topk
 from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
@@ -15,19 +14,39 @@ from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.exchange import Fields, share_responses
 from megatron_opd.parallel.packing import plan_microbatches
 from megatron_opd.parallel.schedule import run_schedule
-from megatron_opd.scoring.view import Candidates, teacher_view, to_scores
+from megatron_opd.prune.signals import DriftSignal
+from megatron_opd.rollout.base import Request, Sampling
+from megatron_opd.scoring.base import Clock, Scoring
+from megatron_opd.scoring.teacher_view import Candidates, teacher_view, to_scores
 from megatron_opd.types import Rollout, TeacherScores
+
+# From logits [R, vocab / tp] of R response positions, on the last stage, to fields of R values each.
+View = Callable[[Tensor, Candidates], Fields]
+
+
+class SeparateScoring(Scoring):
+    """All responses are generated to their end, then all of their tokens are read."""
+
+    def generate_and_score(
+        self, requests: list[Request], sampling: Sampling, clock: Clock
+    ) -> tuple[list[Rollout], list[TeacherScores]]:
+        with clock.phase("rollout"):
+            rollouts = self._generate(requests, sampling)
+        with clock.phase("score"), self.teacher.resident():
+            tokens = self.config.train.tokens_per_microbatch
+            return rollouts, score_rollouts(self.teacher, rollouts, self.signal, tokens)
 
 
 def score_rollouts(
-    teacher: Model, rollouts: list[Rollout], prune: PruneConfig, tokens_per_microbatch: int
+    teacher: Model, rollouts: list[Rollout], signal: DriftSignal, tokens_per_microbatch: int
 ) -> list[TeacherScores]:
     """Scores every response; collective over all ranks, the same result on each."""
 
     def view(logits: Tensor, asked: Candidates) -> Fields:
-        return teacher_view(logits, asked, prune, teacher.vocab_size, teacher.layout.groups.tp)
+        return teacher_view(logits, asked, signal, teacher)
 
-    return [to_scores(fields) for fields in read_rollouts(teacher, rollouts, view, tokens_per_microbatch)]
+    read = read_rollouts(teacher, rollouts, view, tokens_per_microbatch)
+    return [to_scores(fields, rollout) for fields, rollout in zip(read, rollouts)]
 
 
 def top_candidates(model: Model, rollouts: list[Rollout], k: int, tokens_per_microbatch: int) -> list[Tensor]:
@@ -39,18 +58,10 @@ def top_candidates(model: Model, rollouts: list[Rollout], k: int, tokens_per_mic
     return [fields["ids"] for fields in read_rollouts(model, rollouts, view, tokens_per_microbatch)]
 
 
-def read_rollouts(
-    model: Model,
-    rollouts: list[Rollout],
-    view: Callable[[Tensor, Candidates], Fields],
-    tokens_per_microbatch: int,
-) -> list[Fields]:
+def read_rollouts(model: Model, rollouts: list[Rollout], view: View, tokens_per_microbatch: int) -> list[Fields]:
     """What `view` takes from the logits that predict each response; collective, the same result on every rank.
 
-    The last token of a response is judged but never fed: its successor does not exist.
-
-    Args:
-        view: from logits [R, vocab / tp] of R response tokens, on the last stage, to fields of R rows each.
+    The last token of a response is scored but never fed: nothing follows it.
     """
     layout = model.layout
     lengths = [len(r.prompt.tokens) + len(r) - 1 for r in rollouts]
@@ -74,12 +85,12 @@ def read_rollouts(
             row, tokens = rows[number]
             fed = row.take(_inputs(members, row, tokens)).to(model.device)
             logits = chunk(fed[None], None, None, packed_seq_params=row)
-            return logits, lambda output, non_loss_data: _collect(output[0], members, row, view)
+            return logits, lambda output, non_loss_data: _view_of_row(output[0], members, row, view)
 
         for chunk in model.chunks:
             chunk.eval()
         with torch.no_grad():
-            found = run_schedule(
+            collected = run_schedule(
                 forward_step,
                 model.chunks,
                 model.config,
@@ -90,51 +101,46 @@ def read_rollouts(
                 collect=True,
             )
         if layout.is_last_stage:
-            owned = [(i, fields) for batch, part in zip(mine, found) for i, fields in zip(batch, part)]
-    answers = [(len(r.prompt.tokens), len(r)) for r in rollouts]
-    return share_responses(owned, layout, model.device, answers)
+            owned = [(i, fields) for batch, part in zip(mine, collected) for i, fields in zip(batch, part)]
+    return share_responses(owned, layout, model.device, [(len(r.prompt.tokens), len(r)) for r in rollouts])
 
 
 def _inputs(rollouts: list[Rollout], row: PackedRow, tokens: int) -> Tensor:
     """[tokens] int64 of the whole row: prompts and responses without their last tokens, zeros as padding."""
-    fed, at = torch.zeros(tokens, dtype=torch.int64), 0
+    fed, start = torch.zeros(tokens, dtype=torch.int64), 0
     for r, padded in zip(rollouts, row.lengths):
         prompt = len(r.prompt.tokens)
-        fed[at : at + prompt] = torch.tensor(r.prompt.tokens)
-        fed[at + prompt : at + prompt + len(r) - 1] = r.tokens[:-1]
-        at += padded
+        fed[start : start + prompt] = torch.tensor(r.prompt.tokens)
+        fed[start + prompt : start + prompt + len(r) - 1] = r.tokens[:-1]
+        start += padded
     return fed
 
 
-def _collect(
-    logits: Tensor, rollouts: list[Rollout], row: PackedRow, view: Callable[[Tensor, Candidates], Fields]
-) -> list[Fields]:
+def _view_of_row(logits: Tensor, rollouts: list[Rollout], row: PackedRow, view: View) -> list[Fields]:
     """The view of each response (of this rank's part of it), from logits [T / cp, vocab / tp] of a row."""
     if not rollouts:
         return []
-    asked = Candidates.of(rollouts, device=logits.device)
-    judged = torch.full((sum(row.lengths),), -1)  # which of the candidates belong to each token of the row
-    at = behind = 0
+    asked = Candidates.of(rollouts, logits.device)
+    predicted = torch.full((sum(row.lengths),), -1)  # which of the candidates each token of the row predicts
+    start = number = 0
     for r, padded in zip(rollouts, row.lengths):
-        first = at + len(r.prompt.tokens) - 1
-        judged[first : first + len(r)] = torch.arange(behind, behind + len(r))
-        at, behind = at + padded, behind + len(r)
-    judged = row.take(judged)
-    rows = (judged >= 0).nonzero()[:, 0]
-    judged = judged[rows]
-    asked = Candidates(asked.topk_ids[judged.to(logits.device)], asked.sampled[judged.to(logits.device)])
-    found = _rows_view(logits, rows.to(logits.device), asked, view)
+        first = start + len(r.prompt.tokens) - 1
+        predicted[first : first + len(r)] = torch.arange(number, number + len(r))
+        start, number = start + padded, number + len(r)
+    predicted = row.take(predicted)
+    tokens = (predicted >= 0).nonzero()[:, 0]
+    predicted = predicted[tokens]
+    fields = _view_in_pieces(logits, tokens.to(logits.device), asked[predicted.to(logits.device)], view)
     ends = torch.tensor([len(r) for r in rollouts]).cumsum(0)
-    held = torch.bucketize(judged, ends, right=True).bincount(minlength=len(rollouts)).tolist()
-    split = {name: column.split(held) for name, column in found.items()}
+    held = torch.bucketize(predicted, ends, right=True).bincount(minlength=len(rollouts)).tolist()
+    split = {name: column.split(held) for name, column in fields.items()}
     return [{name: parts[i].cpu() for name, parts in split.items()} for i in range(len(rollouts))]
 
 
-def _rows_view(logits: Tensor, rows: Tensor, asked: Candidates, view: Callable[[Tensor, Candidates], Fields]) -> Fields:
-    """In pieces, so that no second copy of the logits exists."""
+def _view_in_pieces(logits: Tensor, tokens: Tensor, asked: Candidates, view: View) -> Fields:
+    """The view of the named tokens of a row, a part of them at a time, so that no second copy of the logits exists."""
     parts = []
-    for start in range(0, max(len(rows), 1), 2048):
-        part = slice(start, start + 2048)
-        piece = Candidates(asked.topk_ids[part], asked.sampled[part])
-        parts.append(view(logits[rows[part]], piece))
+    for start in range(0, max(len(tokens), 1), 2048):
+        piece = slice(start, start + 2048)
+        parts.append(view(logits[tokens[piece]], asked[piece]))
     return {name: torch.cat([p[name] for p in parts]) for name in parts[0]}

@@ -1,4 +1,4 @@
-"""The teacher's pass where only reliable positions matter: each answer is read as far as its reliability reaches."""
+"""After generation, with `prune.cut: reliability`: the teacher reads a response until its reliability is spent."""
 
 from __future__ import annotations
 
@@ -6,43 +6,63 @@ import math
 
 from megatron_opd.config import PruneConfig
 from megatron_opd.models.model import Model
-from megatron_opd.rollout.base import Request, Segment
-from megatron_opd.scoring.watch import Clock, Watcher
+from megatron_opd.prune.signals import DriftSignal
+from megatron_opd.rollout.base import Request, Sampling, Segment
+from megatron_opd.scoring.base import Clock, Scoring
+from megatron_opd.scoring.drift_watch import DriftWatch
 from megatron_opd.types import Rollout, TeacherScores
 
 _CACHED_MICROBATCHES = 4  # keys and values held at once, in micro-batches' worth of tokens
 
 
-def score_until_spent(
-    teacher: Model, rollouts: list[Rollout], prune: PruneConfig, tokens_per_microbatch: int, clock: Clock
-) -> list[TeacherScores]:
-    """Scores whole answers in pieces and stops each where its reliability is spent (`prune.cut: reliability`).
+class UntilSpentScoring(Scoring):
+    """All responses are generated to their end; what lies behind their drift points is neither read nor trained on."""
 
-    A piece is never shorter than the events that are still missing, and pieces double, so that at most half of what an
-    answer's teacher reads was not needed and an answer that never drifts takes few of them. Positions behind have an
-    overlap of NaN. Collective, the same result on every rank.
+    def generate_and_score(
+        self, requests: list[Request], sampling: Sampling, clock: Clock
+    ) -> tuple[list[Rollout], list[TeacherScores]]:
+        with clock.phase("rollout"):
+            rollouts = self._generate(requests, sampling)
+        with clock.phase("score"), self.teacher.resident():
+            prune, tokens = self.config.prune, self.config.train.tokens_per_microbatch
+            return rollouts, score_until_spent(self.teacher, rollouts, self.signal, prune, tokens, clock)
+
+
+def score_until_spent(
+    teacher: Model,
+    rollouts: list[Rollout],
+    signal: DriftSignal,
+    prune: PruneConfig,
+    tokens_per_microbatch: int,
+    clock: Clock,
+) -> list[TeacherScores]:
+    """Scores whole responses in pieces and stops each where its reliability is spent.
+
+    A piece is never shorter than the number of events that are still missing, and pieces double: at most half of what
+    the teacher reads of a response was not needed, and one that never drifts takes few of them. Collective, the same
+    result on every rank.
     """
     longest = max(len(r.prompt.tokens) + len(r) for r in rollouts)
     replicas = teacher.layout.replicas
-    places = min(-(-len(rollouts) // replicas), max(1, _CACHED_MICROBATCHES * tokens_per_microbatch // longest))
-    watcher = Watcher(teacher, prune, tokens_per_microbatch, len(rollouts), clock, set(), places)
-    limit = math.ceil((1 - 1e-8) / prune.w_drop)  # events that spend an answer
+    slots = min(-(-len(rollouts) // replicas), max(1, _CACHED_MICROBATCHES * tokens_per_microbatch // longest))
+    watch = DriftWatch(teacher, signal, prune, tokens_per_microbatch, len(rollouts), clock, set(), slots)
+    limit = math.ceil((1 - 1e-8) / prune.w_drop)  # events that spend a response
     by_index = {r.index: r for r in rollouts}
     waiting = sorted(by_index, key=lambda i: len(by_index[i]))  # the longest first: popped from the end
-    read: dict[int, int] = {}  # answers on their way, and how many of their tokens have been judged
+    read: dict[int, int] = {}  # tokens that the teacher has read of each response in its cache
     while waiting or read:
-        while waiting and len(read) < places * replicas:
+        while waiting and len(read) < slots * replicas:
             read[waiting.pop()] = 0
-        segments = []
+        pieces = []
         for index, start in read.items():
-            missing = limit - int(watcher.state.counts[index])
-            segments.append(_piece(by_index[index], start, max(prune.segment, start, missing)))
-        stopped = watcher(segments)
-        for s in segments:
-            read[s.request.index] += len(s.tokens)
-            if s.finished or s.request.index in stopped:
-                del read[s.request.index]
-    return [watcher.scores(r) for r in rollouts]
+            missing = limit - int(watch.state.counts[index])
+            pieces.append(_piece(by_index[index], start, max(prune.segment, start, missing)))
+        spent = watch(pieces)
+        for piece in pieces:
+            read[piece.request.index] += len(piece.tokens)
+            if piece.finished or piece.request.index in spent:
+                del read[piece.request.index]
+    return [watch.scores(r) for r in rollouts]
 
 
 def _piece(rollout: Rollout, start: int, tokens: int) -> Segment:

@@ -16,19 +16,22 @@ from megatron_opd.data.loader import PromptLoader
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
-from megatron_opd.evaluation.verifiers import Case, VerifierPool
 from megatron_opd.parallel.collective import from_rank_0, on_rank_0
 from megatron_opd.prune import ResponseBudget
-from megatron_opd.rollout.base import RolloutEngine
+from megatron_opd.prune.signals import make_signal
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.runtime.guard import Guard
+from megatron_opd.scoring.factory import make_scoring
 from megatron_opd.training.bad_steps import dump_bad_step
-from megatron_opd.training.metrics import MetricsLog, StepProgress, was_reported
+from megatron_opd.training.metrics_log import MetricsLog, was_reported
 from megatron_opd.training.objective import build_loss
 from megatron_opd.training.probe import HandoverProbe
+from megatron_opd.training.progress import StepProgress
+from megatron_opd.training.rewards import PastDriftRewards
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
-from megatron_opd.types import Rollout, ScoredBatch
+from megatron_opd.types import ScoredBatch
 
 
 @dataclass
@@ -40,6 +43,15 @@ class Totals:
     wall_s: float = 0.0
     bad_steps: int = 0  # steps skipped for NaN or a spike
     bad_in_a_row: int = 0
+
+    def add(self, metrics: dict[str, Any], applied: bool) -> dict[str, Any]:
+        """Counts one step, whose update was `applied` or skipped; returns the totals among its metrics."""
+        self.tokens_generated += metrics["tokens_generated"]
+        self.tokens_trained += metrics["tokens_trained"]
+        self.wall_s += metrics["step_s"]
+        self.bad_steps += not applied
+        self.bad_in_a_row = 0 if applied else self.bad_in_a_row + 1
+        return {"skipped_steps": self.bad_steps, "wall_s": self.wall_s}
 
 
 class Run:
@@ -61,7 +73,8 @@ class Run:
     def _build(self, config: Config) -> None:
         if self.guard.note:
             self.say(self.guard.note)
-        build_loss(config)  # a name or an option that is wrong ends the run before models are loaded
+        build_loss(config)  # a name or an option that is wrong ends the run before models are loaded; the signal's, too
+        make_signal(config.prune)
         self.tokenizer, notes = load_tokenizers(config)
         prompts = load_prompts(config.data, self.tokenizer)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)
@@ -70,19 +83,20 @@ class Run:
         student = self.trainer.student
         notes += check_vocabularies(self.trainer, self.tokenizer, config)
         self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
+        self.scoring = make_scoring(config, self.engine, self.trainer.teacher)
+        self.rewards = PastDriftRewards(config, self.tokenizer) if config.prune.after_drift == "grpo" else None
         self.training_step = TrainingStep(self.trainer, config)
         self.budget = make_budget(config)
         self.totals = Totals()
-        self.verifiers: VerifierPool | None = None
         self.step = 0
-        self.owed: dict[str, Any] | None = None  # the last step's metrics while their evaluation is not done
+        self.unreported: dict[str, Any] | None = None  # the last step's metrics while its evaluation is not done
         # Tells this run's saved responses from those of an earlier one in the same directory.
         self.name = from_rank_0(uuid.uuid4().hex)
         self.checkpoints = Checkpointer(config, self.trainer, self.say)
         for note in [*notes, prompts.summary()]:
             self.say(note)
         self._resume()
-        first = self.step + (self.owed is None)  # that is still to be reported
+        first = self.step + (self.unreported is None)  # that is still to be reported
         self.metrics = MetricsLog(config.run_dir, first) if self.is_writer else None
         if self.is_writer:
             Path(config.run_dir, "config.yaml").write_text(dump_config(config), encoding="utf-8")
@@ -120,6 +134,32 @@ class Run:
                 where = f"; its batch cannot be written: {error}"
         self.say(f"step {self.step} skipped: {reason}{where}")
 
+    def draw_requests(self) -> list[Request]:
+        """The next step's prompts, each as often as it is to be answered, in prompt-major order."""
+        settings = self.config.train
+        prompts, copies = self.loader.next_batch(settings.prompts_per_step), settings.responses_per_prompt
+        return [Request(prompt, i * copies + j) for i, prompt in enumerate(prompts) for j in range(copies)]
+
+    def sampling(self) -> Sampling:
+        """How the next step's responses are sampled."""
+        rollout = self.config.rollout
+        return Sampling(
+            max_tokens=self.budget.current,
+            temperature=rollout.temperature,
+            top_p=rollout.top_p,
+            top_k=rollout.top_k,
+            seed=self.config.train.seed * 1_000_003 + self.step,
+            top_logprobs=self.scoring.candidates,
+        )
+
+    def move_budget(self, effective_lengths: list[int]) -> dict[str, Any]:
+        """Sets the next step's budget and returns this step's numbers; without a drift signal it never moves."""
+        budget = self.budget
+        metrics = {"hit_ratio": budget.measure(effective_lengths), "budget": budget.current}
+        if self.config.prune.watches_drift:
+            budget.update_from_hit_ratio(metrics["hit_ratio"])
+        return metrics | {"budget_next": budget.current, "no_hit_steps": budget.no_hit_steps}
+
     def hand_over(self) -> dict[str, float]:
         """Gives the engine the current parameters; also before the first step, so that a broken path fails early.
         Returns the probe's gaps, for engines that have one."""
@@ -137,27 +177,6 @@ class Run:
             self.say(f"step {self.step}  eval {name}: accuracy {numbers['accuracy']:.3f}")
         return result["accuracy"]
 
-    def rewards(self, rollouts: list[Rollout], members: set[int]) -> list[float]:
-        """1 for answers among `members` that the verifier accepts, else 0; the same on every rank."""
-
-        def verify() -> list[float]:
-            values = [0.0] * len(rollouts)
-            if self.verifiers is None:
-                settings = self.config.eval
-                self.verifiers = VerifierPool(
-                    self.config.data.verifier, settings.verifier_timeout_s, settings.verifier_workers
-                )
-            places = sorted(members)
-            asked = [(rollouts[i], rollouts[i].prompt) for i in places]
-            cases = [
-                Case(self.tokenizer.decode(r.tokens.tolist()), p.answer or "", p.metadata, p.source) for r, p in asked
-            ]
-            for i, verdict in zip(places, self.verifiers.score(cases)):
-                values[i] = float(verdict.correct)
-            return values
-
-        return on_rank_0(verify)
-
     def state(self) -> dict[str, Any]:
         """What a resume needs beside parameters and optimizer."""
         return {
@@ -167,7 +186,7 @@ class Run:
             "loader": self.loader.state_dict(),
             "totals": vars(self.totals).copy(),
             "norms": list(self.training_step.norms),
-            "owed": self.owed,
+            "unreported": self.unreported,
         }
 
     def _resume(self) -> None:
@@ -179,14 +198,14 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.totals = Totals(**state["totals"])
         self.training_step.norms = state["norms"]
-        # It may have been reported after the checkpoint was written.
+        # It may have been reported after the checkpoint was written. "owed" is its key in checkpoints of version 0.1.
         reported = on_rank_0(lambda: was_reported(self.config.run_dir, self.step))
-        self.owed = None if reported else state.get("owed")
+        self.unreported = None if reported else state.get("unreported", state.get("owed"))
         self.say(f"resumed at step {self.step}")
 
     def _resume_budget(self, saved: dict[str, Any]) -> None:
         """The config's settings win, as for the learning rate: who resumes with another maximum means it."""
-        if self.config.prune.signal == "none":
+        if not self.config.prune.watches_drift:
             return
         budget = self.budget
         changed = [f"{key} {saved[key]} -> {value}" for key, value in self.config.prune.budget if saved[key] != value]
@@ -200,8 +219,8 @@ class Run:
     def close(self) -> None:
         self.checkpoints.close()
         self.engine.close()
-        if self.verifiers is not None:
-            self.verifiers.close()
+        if self.rewards is not None:
+            self.rewards.close()
         if self.metrics is not None:
             self.metrics.close()
         if self.progress is not None:
@@ -238,7 +257,7 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
 def make_budget(config: Config) -> ResponseBudget:
     """The budget controller; without a signal it stays at the maximum."""
     settings = config.prune.budget
-    initial = settings.maximum if config.prune.signal == "none" else settings.initial
+    initial = settings.initial if config.prune.watches_drift else settings.maximum
     return ResponseBudget(
         initial,
         settings.minimum,

@@ -33,6 +33,10 @@ class Trainer:
     optimizer: Any
     scheduler: OptimizerParamScheduler
 
+    @property
+    def learning_rate(self) -> float:
+        return self.optimizer.param_groups[0]["lr"]
+
 
 def init_distributed(config: Config) -> torch.device:
     """Joins the process group that torchrun or srun started; a lone process makes its own of one."""

@@ -12,6 +12,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -39,6 +40,16 @@ class StepResult:
     gap_mean: float | None  # |rollout - student| log-prob on sampled tokens, nats; None where not measured
     gap_max: float | None
     gap_count: int  # tokens above rollout.gap_threshold
+
+    def metrics(self) -> dict[str, Any]:
+        numbers: dict[str, Any] = {"loss": self.loss, "grad_norm": self.grad_norm, "microbatches": self.microbatches}
+        if self.gap_mean is not None:
+            numbers |= {
+                "rollout_logprob_gap_mean": self.gap_mean,
+                "rollout_logprob_gap_max": self.gap_max,
+                "rollout_logprob_gap_count": self.gap_count,
+            }
+        return numbers if self.applied else numbers | {"skipped": self.reason}
 
 
 class TrainingStep:
@@ -138,9 +149,9 @@ class ForwardStep:
             loss, sums = self.objective.of_hidden(output[0], head, micro, split)
         else:
             if self.fused is not None and teacher_logits is not None:
-                judged = self.fused.judge(
+                scored = self.fused.score(
                     output[0].detach(), teacher_logits, micro.sampled, micro.spans, micro.predicts
                 )
-                micro = replace(micro, weight=judged.weight, targets=judged.targets)
+                micro = replace(micro, weight=scored.weight, targets=scored.targets)
             loss, sums = self.objective.of_logits(output[0], micro)
         return loss, torch.zeros((), dtype=torch.int, device=output.device), sums

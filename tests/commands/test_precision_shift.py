@@ -75,6 +75,7 @@ def fp32_beside_bf16(rank: int, world: int, config_file: Path):
     from megatron_opd.commands.precision_shift import measure
     from megatron_opd.models.build import build_model
     from megatron_opd.parallel.groups import student_layout, teacher_layout
+    from megatron_opd.prune.signals import make_signal
     from megatron_opd.rollout.megatron.engine import MegatronEngine
     from megatron_opd.scoring.separate import score_rollouts
     from megatron_opd.training.run import load_tokenizers
@@ -88,8 +89,8 @@ def fp32_beside_bf16(rank: int, world: int, config_file: Path):
     student = build_model("student", config.student, student_layout(config.student.parallel), device)
     teacher = build_model("teacher", config.teacher, teacher_layout(config.teacher.parallel), device)
     rollouts = sample_responses(config, MegatronEngine(student, set(tokenizer.eos_ids), 8), tokenizer, 32, 1024)
-    scores = score_rollouts(teacher, rollouts, config.prune, 64)
-    return shift.to_dict(), float(torch.cat([s.overlap for s in scores]).mean())
+    scores = score_rollouts(teacher, rollouts, make_signal(config.prune), 64)
+    return shift.to_dict(), float(torch.cat([s.columns["overlap"] for s in scores]).mean())
 
 
 def test_two_precisions_of_real_models(run):

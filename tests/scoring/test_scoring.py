@@ -11,14 +11,15 @@ import torch.distributed as dist
 
 from megatron_opd.config import Config, ConfigError, PruneConfig, parse_config
 from megatron_opd.models.cached import CachedForward
+from megatron_opd.prune.signals import make_signal
 from megatron_opd.rollout.base import Request, Sampling, Segment
 from megatron_opd.rollout.megatron.engine import MegatronEngine
-from megatron_opd.scoring.incremental import SegmentScorer
-from megatron_opd.scoring.judge import judge
-from megatron_opd.scoring.score import score
+from megatron_opd.scoring.drift_watch import DriftWatch
+from megatron_opd.scoring.factory import make_scoring
+from megatron_opd.scoring.prune_weights import assign_prune_weights
+from megatron_opd.scoring.segments import SegmentScorer
 from megatron_opd.scoring.separate import score_rollouts
-from megatron_opd.scoring.view import to_scores
-from megatron_opd.scoring.watch import Watcher
+from megatron_opd.scoring.teacher_view import to_scores
 from megatron_opd.training.setup import Trainer, build_optimizer, build_scheduler, wrap_ddp
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.types import Prompt, Rollout, TeacherScores
@@ -87,7 +88,7 @@ def in_segments(scorer: SegmentScorer, rollouts: list[Rollout], seed: int) -> li
                 at[i] = end
         for i, view in scorer.score(segments).items():
             found[i].append(view)
-    return [to_scores({n: torch.cat([p[n] for p in parts]) for n in parts[0]}) for _, parts in sorted(found.items())]
+    return [to_scores({n: torch.cat([p[n] for p in found[i]]) for n in found[i][0]}, r) for i, r in enumerate(rollouts)]
 
 
 def teacher_passes(rank: int, directories: dict[str, str], known: reference_step.Result):
@@ -95,12 +96,12 @@ def teacher_passes(rank: int, directories: dict[str, str], known: reference_step
     with student_model(directories["student"], "tp1"):
         for layout in TEACHERS:
             teacher = teacher_model(directories["teacher"], layout)
-            for signal in ("overlap", "teacher_top_p"):
-                prune = PruneConfig(signal=signal, k=K, teacher_top_p=TOP_P)
-                found[layout, signal, "separate"] = score_rollouts(teacher, rollouts, prune, 60)
-                scorer = SegmentScorer(teacher, prune, 60, places=len(rollouts))
-                found[layout, signal, "segments"] = in_segments(scorer, rollouts, seed=4)
-                assert scorer._place == scorer._cached == scorer._last == {}  # every answer has left
+            for name in ("overlap", "teacher_top_p"):
+                signal = make_signal(PruneConfig(signal=name, k=K, teacher_top_p=TOP_P))
+                found[layout, name, "separate"] = score_rollouts(teacher, rollouts, signal, 60)
+                scorer = SegmentScorer(teacher, signal, 60, slots=len(rollouts))
+                found[layout, name, "segments"] = in_segments(scorer, rollouts, seed=4)
+                assert scorer._slot == scorer._cached == scorer._last == {}  # every response has left
     return found
 
 
@@ -141,8 +142,9 @@ def together(rank: int, directories: dict[str, str]):
             }
             pair = {}
             for name, config in configs.items():
-                rollouts, scores = score(engine, teacher, requests(), sampling, config, NoClock())
-                pair[name] = judge(rollouts, scores, config.prune)
+                scoring = make_scoring(config, engine, teacher)
+                rollouts, scores = scoring.generate_and_score(requests(), sampling, NoClock())
+                pair[name] = assign_prune_weights(rollouts, scores, config.prune, scoring.signal)
             pair["fed"] = fed_tokens(engine, teacher, sampling, configs["in flight"])
             ddp = wrap_ddp(student, configs["off"].train)
             optimizer = build_optimizer(student, ddp, configs["off"].train)
@@ -168,13 +170,13 @@ def fed_tokens(engine: MegatronEngine, teacher, sampling: Sampling, config: Conf
 
     CachedForward.prefill = counting
     try:
-        watcher = Watcher(teacher, config.prune, 64, 8, NoClock(), set())
-        engine.generate(requests(), sampling, watcher, config.prune.segment)
+        watch = DriftWatch(teacher, make_signal(config.prune), config.prune, 64, 8, NoClock(), set())
+        engine.generate(requests(), sampling, watch, config.prune.segment)
     finally:
         CachedForward.prefill = plain
     total = torch.tensor(counted[0] if teacher.layout.owns_results else 0)
     dist.all_reduce(total)
-    judged = {i: sum(p["overlap"].numel() for p in parts) for i, parts in watcher.found.items()}
+    judged = {i: sum(v["sampled_logprobs"].numel() for v in views) for i, views in watch.views.items()}
     return int(total), sum(len(r.prompt.tokens) + judged[r.index] - 1 for r in requests())
 
 
@@ -208,7 +210,7 @@ def test_scores_equal_transformers(layout, way, results, known):
     for passes, _ in results:
         for i, score_ in enumerate(passes[layout, "overlap", way]):
             torch.testing.assert_close(score_.logprobs, known.teacher_logprobs[i], atol=1e-5, rtol=0)
-            assert torch.equal(score_.overlap, known.overlap[i].float())
+            assert torch.equal(score_.columns["overlap"], known.overlap[i].float())
 
 
 @pytest.mark.parametrize("way", ["separate", "segments"])
@@ -223,7 +225,7 @@ def test_the_teachers_nucleus(layout, way, results, directories):
         seen |= set(expected)
         for passes, _ in results:
             found = passes[layout, "teacher_top_p", way][i]
-            assert found.accepted.tolist() == expected
+            assert found.columns["accepted"].tolist() == expected
             torch.testing.assert_close(
                 found.sampled_logprobs, q.gather(1, torch.tensor(y)[:, None])[:, 0].float(), atol=1e-5, rtol=0
             )
@@ -272,14 +274,15 @@ def test_scoring_stops_where_nothing_matters_any_more(pair, results):
         assert after.response_tokens == whole.response_tokens  # the denominator
         read = 0
         for i, effective in enumerate(whole.effective_length):
-            judged = int((~after.scores[i].overlap.isnan()).sum())
+            judged = after.scores[i].measured
             length = len(whole.rollouts[i])
             assert min(length, effective + 1) <= judged <= max(FIRES["segment"], 2 * (effective + 1))
             read += judged
-            for name in ("logprobs", "overlap", "sampled_logprobs"):
+            for name in ("logprobs", "sampled_logprobs"):
                 mine, theirs = getattr(after.scores[i], name), getattr(whole.scores[i], name)
                 assert len(mine) == len(theirs) == length
                 torch.testing.assert_close(mine[:judged], theirs[:judged], atol=1e-5, rtol=0)
+            assert torch.equal(after.scores[i].columns["overlap"], whole.scores[i].columns["overlap"][:judged])
             assert torch.equal(after.prune_weight[i], whole.prune_weight[i])
         assert read < whole.response_tokens
 
@@ -291,11 +294,13 @@ def test_no_token_is_fed_twice(pair, results):
         assert fed == needed
 
 
-def scores_of(overlaps: list[list[float]]) -> list[TeacherScores]:
-    return [
-        TeacherScores(torch.zeros(len(o), K), torch.zeros(len(o)), torch.tensor(o), torch.tensor(o) > 0.5)
-        for o in overlaps
-    ]
+def scores_of(overlaps: list[list[float]], unread: int = 0) -> list[TeacherScores]:
+    """Of responses that are `unread` tokens longer than what the teacher has read of them."""
+    found = []
+    for overlap in overlaps:
+        n, columns = len(overlap) + unread, {"overlap": torch.tensor(overlap), "accepted": torch.tensor(overlap) > 0.5}
+        found.append(TeacherScores(torch.zeros(n, K), torch.zeros(n), columns, len(overlap)))
+    return found
 
 
 def rollouts_of(lengths: list[int]) -> list[Rollout]:
@@ -311,7 +316,7 @@ OVERLAPS = [[1.0, 0.5, 0.9, 0.2, 0.8], [0.1], [0.9, 0.9, 0.6]]
 def test_judging_follows_the_method(signal, cut):
     w_base = 0.5 if cut == "none" else 0.0
     prune = PruneConfig(signal=signal, cut=cut, w_drop=0.5, w_base=w_base)
-    batch = judge(rollouts_of([5, 1, 3]), scores_of(OVERLAPS), prune)
+    batch = assign_prune_weights(rollouts_of([5, 1, 3]), scores_of(OVERLAPS), prune, make_signal(prune))
     for i, overlap in enumerate(OVERLAPS):
         events = [o < 0.7 if signal == "overlap" else o <= 0.5 for o in overlap]
         expected = reference.reliability(events, [True] * len(overlap), 0.5, w_base)
@@ -320,6 +325,20 @@ def test_judging_follows_the_method(signal, cut):
         assert batch.events[i] == sum(events)
         assert batch.kept_length[i] == (len(overlap) if cut == "none" else expected["effective_length"])
     assert batch.response_tokens == 9
+
+
+@pytest.mark.parametrize("signal", ["overlap", "teacher_top_p"])
+def test_positions_that_the_teacher_has_not_read_are_no_events(signal):
+    prune = PruneConfig(signal=signal, w_drop=0.25)
+    batch = assign_prune_weights(rollouts_of([7, 3, 5]), scores_of(OVERLAPS, unread=2), prune, make_signal(prune))
+    assert batch.events == [2, 1, 1 if signal == "overlap" else 0]
+    assert batch.prune_weight[0].tolist()[5:] == [1.0, 1.0]  # 1 less two events' price of 0.25, and w_base
+
+
+def test_what_a_broken_teacher_says_is_an_event():
+    prune = PruneConfig(signal="overlap", w_drop=0.25)
+    batch = assign_prune_weights(rollouts_of([2]), scores_of([[1.0, float("nan")]]), prune, make_signal(prune))
+    assert batch.events == [1]
 
 
 @pytest.mark.parametrize("key, value", [("teacher", {"precision": "bf16"}), ("prune", {"preset": "in_flight"})])
@@ -336,6 +355,7 @@ def test_fused_scoring_refuses_what_it_cannot_do(key, value):
 
 
 def test_without_a_signal_everything_counts_fully():
-    batch = judge(rollouts_of([5, 1, 3]), scores_of([[float("nan")] * n for n in (5, 1, 3)]), PruneConfig(preset="off"))
+    prune, nothing = PruneConfig(preset="off"), [[float("nan")] * n for n in (5, 1, 3)]
+    batch = assign_prune_weights(rollouts_of([5, 1, 3]), scores_of(nothing), prune, make_signal(prune))
     assert [w.tolist() for w in batch.prune_weight] == [[1.0] * 5, [1.0], [1.0] * 3]
     assert batch.kept_length == batch.effective_length == [5, 1, 3] and batch.events == [0, 0, 0]

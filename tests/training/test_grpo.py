@@ -4,7 +4,7 @@ import torch
 
 from megatron_opd.config import parse_config
 from megatron_opd.losses import DistillTargets, VocabShard, get_loss
-from megatron_opd.scoring.judge import use_rewards
+from megatron_opd.scoring.prune_weights import add_rewards
 from megatron_opd.training.microbatch import MicroBatch
 from megatron_opd.training.objective import Objective
 from megatron_opd.types import Prompt, Rollout, ScoredBatch
@@ -34,7 +34,7 @@ def batch(lengths: list[int], effective: list[int]) -> ScoredBatch:
 
 def test_advantages_are_normalised_over_a_prompts_answers_and_start_behind_the_drift_point() -> None:
     scored = batch([6, 6, 6, 6], [2, 6, 3, 4])
-    use_rewards(scored, [1.0, 0.0, 0.0, 1.0], {0, 1}, copies=2, coefficient=0.5)
+    add_rewards(scored, [1.0, 0.0, 0.0, 1.0], {0, 1}, copies=2, coefficient=0.5)
     rewards = torch.tensor([1.0, 0.0])
     expected = 0.5 * (rewards - rewards.mean()) / rewards.std(unbiased=False)
     torch.testing.assert_close(scored.advantage[0], torch.tensor([0.0, 0, 1, 1, 1, 1]) * expected[0], rtol=1e-4, atol=0)
@@ -45,7 +45,7 @@ def test_advantages_are_normalised_over_a_prompts_answers_and_start_behind_the_d
 
 def test_a_prompt_whose_answers_all_get_the_same_reward_teaches_nothing_past_the_drift_point() -> None:
     scored = batch([5, 5], [2, 3])
-    use_rewards(scored, [1.0, 1.0], {0, 1}, copies=2, coefficient=1.0)
+    add_rewards(scored, [1.0, 1.0], {0, 1}, copies=2, coefficient=1.0)
     assert all(a.abs().sum() == 0 for a in scored.advantage)
     assert scored.kept_length == [2, 3]
 

@@ -7,10 +7,11 @@ import resource
 import torch
 
 from megatron_opd.config import parse_config
-from megatron_opd.scoring.judge import judge
+from megatron_opd.prune.signals import make_signal
+from megatron_opd.scoring.prune_weights import assign_prune_weights
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.scoring.until_spent import score_until_spent
-from megatron_opd.training.metrics import PhaseClock
+from megatron_opd.training.clock import PhaseClock
 from megatron_opd.training.setup import Trainer, build_optimizer, build_scheduler, wrap_ddp
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.types import Prompt, Rollout
@@ -44,10 +45,11 @@ def long_step(rank: int, world: int, student_dir: str, teacher_dir: str):
         answer = Rollout(
             Prompt(0, "", [1, 2]), 0, tokens, torch.zeros(TOKENS), ids, torch.zeros(TOKENS, K), "length", 0
         )
-        pieces = score_until_spent(teacher, [answer], config.prune, 16384, PhaseClock())
-        scores = score_rollouts(teacher, [answer], config.prune, 16384)
+        signal = make_signal(config.prune)
+        pieces = score_until_spent(teacher, [answer], signal, config.prune, 16384, PhaseClock())
+        scores = score_rollouts(teacher, [answer], signal, 16384)
         same = float((pieces[0].logprobs - scores[0].logprobs).abs().max())
-        batch = judge([answer], scores, config.prune)
+        batch = assign_prune_weights([answer], scores, config.prune, signal)
         result = step(batch)
     return result.applied, batch.kept_length, same, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
 

@@ -36,16 +36,16 @@ def spoil_batch(first: int, last: int, rank: int, step: int) -> None:
     """From step `first` to step `last` a prune weight is not a number."""
     from megatron_opd.training import loop
 
-    plain = loop.judge
+    plain = loop.assign_prune_weights
 
-    def judge(*arguments: Any) -> Any:
-        loop.judge = plain
+    def assign(*arguments: Any) -> Any:
+        loop.assign_prune_weights = plain
         batch = plain(*arguments)
         batch.prune_weight[1][:] = float("nan")
         return batch
 
     if first <= step <= last:
-        loop.judge = judge
+        loop.assign_prune_weights = assign
 
 
 def damage(run_dir: Path) -> None:

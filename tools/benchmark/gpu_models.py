@@ -14,6 +14,7 @@ from megatron_opd.config import Config, ModelConfig, parse_config
 from megatron_opd.models.build import build_model
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.groups import Layout, student_layout, teacher_layout
+from megatron_opd.prune.signals import make_signal
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.training.microbatch import kept_tokens
 from megatron_opd.training.setup import Trainer, build_optimizer, build_scheduler, init_distributed, wrap_ddp
@@ -157,7 +158,7 @@ def _scoring(bench: Bench, name: str, changes: dict[str, Any]) -> dict[str, Any]
     lengths = kept_tokens(batch)
 
     def work() -> None:
-        score_rollouts(teacher, batch.rollouts, config.prune, sizes["score_microbatch"])
+        score_rollouts(teacher, batch.rollouts, make_signal(config.prune), sizes["score_microbatch"])
 
     peak = bench.peak_bytes(work)
     seconds = bench.seconds(work, REPEATS, warmup=1)

@@ -17,11 +17,11 @@ from benchmark.gpu_models import config_of, random_model
 from megatron_opd.commands.precision_shift import Changes, fp8_changes, measure
 from megatron_opd.config import Config, load_config
 from megatron_opd.training import loop, setup
+from megatron_opd.training.clock import PHASE_KEYS
 from megatron_opd.training.run import Run, load_tokenizers
 from megatron_opd.training.setup import init_distributed
 
 EXAMPLE = REPOSITORY / "examples" / "tiny"
-PHASES = ("rollout_s", "score_s", "cut_s", "train_s", "sync_s")
 PRESETS = ("off", "paper", "in_flight")
 
 
@@ -74,7 +74,7 @@ def _whole_steps(bench: Bench, folder: Path, preset: str) -> dict[str, Any]:
     finally:
         run.close()
     seconds = summary([m["step_s"] for m in metrics])
-    middle = {phase: summary([m[phase] for m in metrics])["median"] for phase in PHASES}
+    middle = {phase: summary([m[phase] for m in metrics])["median"] for phase in PHASE_KEYS}
     tokens = summary([m["tokens_generated"] for m in metrics])["median"]
     return {
         "seconds": seconds["median"],

@@ -26,9 +26,9 @@ from benchmark.common import (
     write_json,
 )
 from benchmark.trl_worker import MARK
+from megatron_opd.training.clock import PHASE_KEYS
 
 EXAMPLE = REPOSITORY / "examples" / "tiny"
-PHASES = ("rollout_s", "score_s", "cut_s", "train_s", "sync_s")
 MAX_STEPS = 500  # of one benchmark: TRL gets its prompts beforehand
 
 
@@ -66,7 +66,7 @@ class Ours:
 
         seconds, metrics = clocked(lambda: step(self.runs[preset]))
         return {"seconds": seconds, "tokens": metrics["tokens_generated"], "trained": metrics["tokens_trained"]} | {
-            phase: metrics[phase] for phase in PHASES
+            phase: metrics[phase] for phase in PHASE_KEYS
         }
 
     def finish(self) -> None:

@@ -1,35 +1,37 @@
-"""The teacher's view of answers while they are being generated: segment by segment, no token twice."""
+"""The teacher's view of responses that arrive in segments: no token is read twice."""
 
 from __future__ import annotations
 
 import torch
 
-from megatron_opd.config import PruneConfig
 from megatron_opd.models.cached import CachedForward
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import Fields, share_fields
+from megatron_opd.prune.signals import DriftSignal
 from megatron_opd.rollout.base import Segment
-from megatron_opd.scoring.view import Candidates, teacher_view
+from megatron_opd.scoring.teacher_view import Candidates, teacher_view
 
 
 class SegmentScorer:
-    """Scores segments as they come; keeps the teacher's keys and values of every running answer.
+    """Scores segments as they come; keeps the teacher's keys and values of every running response.
 
-    Every rank calls it with the same segments. Answers are spread over the teacher's replicas.
+    Every rank calls it with the same segments. Responses are spread over the teacher's replicas, each of which has
+    `slots` of them in its cache at once.
     """
 
-    def __init__(self, teacher: Model, prune: PruneConfig, tokens_per_microbatch: int, places: int) -> None:
-        self.teacher, self.prune = teacher, prune
-        self.tokens = tokens_per_microbatch
-        self.forward = CachedForward(teacher, places)
-        self._replica: dict[int, int] = {}  # answer -> replica of the teacher
-        self._free: list[list[int]] = [list(range(places))[::-1] for _ in range(teacher.layout.replicas)]
-        self._place: dict[int, int] = {}
-        self._cached: dict[int, int] = {}  # answer -> tokens in the cache
-        self._last: dict[int, int] = {}  # answer -> newest token, not yet in the cache
+    def __init__(self, teacher: Model, signal: DriftSignal, tokens_per_microbatch: int, slots: int) -> None:
+        self.teacher, self.signal = teacher, signal
+        self.tokens, self.slots = tokens_per_microbatch, slots
+        self.forward = CachedForward(teacher, slots)
+        self._free: list[list[int]] = [list(range(slots))[::-1] for _ in range(teacher.layout.replicas)]
+        # Of each running response, by its index:
+        self._replica: dict[int, int] = {}  # of the teacher
+        self._slot: dict[int, int] = {}  # in that replica's cache
+        self._cached: dict[int, int] = {}  # tokens in the cache
+        self._last: dict[int, int] = {}  # its newest token, not yet in the cache
 
     def score(self, segments: list[Segment]) -> dict[int, Fields]:
-        """The teacher's view of each segment's tokens, by answer index; see `teacher_view`."""
+        """The teacher's view of each segment's tokens, by the response's index; see `teacher_view`."""
         layout = self.teacher.layout
         for s in segments:
             self._admit(s)
@@ -40,30 +42,30 @@ class SegmentScorer:
                 owned += self._run(batch)
         for s in segments:
             index = s.request.index
-            fed = len(s.tokens) + (len(s.request.prompt.tokens) - 1 if s.start == 0 else 0)
-            self._cached[index] += fed
+            self._cached[index] += len(s.tokens) + (len(s.request.prompt.tokens) - 1 if s.start == 0 else 0)
             self._last[index] = int(s.tokens[-1])
             if s.finished:
                 self.release(index)
         return share_fields(owned, layout.owns_results, self.teacher.device)
 
     def release(self, index: int) -> None:
-        """The answer has ended: its place is free."""
-        if index in self._place:
-            self._free[self._replica.pop(index)].append(self._place.pop(index))
+        """The response has ended: its slot is free."""
+        if index in self._slot:
+            self._free[self._replica.pop(index)].append(self._slot.pop(index))
             del self._cached[index]
             self._last.pop(index, None)
 
     def _admit(self, segment: Segment) -> None:
         index = segment.request.index
-        if index in self._place:
+        if index in self._slot:
             return
         replica = max(range(len(self._free)), key=lambda r: (len(self._free[r]), -r))
         if not self._free[replica]:
-            places = len(self._free) * self.forward.cache.places
-            raise RuntimeError(f"more than {places} answers at once; the engine exceeds rollout.max_batch")
+            raise RuntimeError(
+                f"more than {len(self._free) * self.slots} responses at once; the engine exceeds rollout.max_batch"
+            )
         self._replica[index] = replica
-        self._place[index] = self._free[replica].pop()
+        self._slot[index] = self._free[replica].pop()
         self._cached[index] = 0
 
     def _batches(self, segments: list[Segment]) -> list[list[Segment]]:
@@ -79,14 +81,14 @@ class SegmentScorer:
         return batches
 
     def _run(self, segments: list[Segment]) -> list[tuple[int, Fields]]:
+        """One forward pass: each segment, behind the prompt or the token that its cache does not have yet."""
         fed: list[int] = []
-        wanted: list[int] = []
-        lengths, at = [], 0
+        predicting: list[int] = []
+        lengths = []
         for s in segments:
             before = s.request.prompt.tokens if s.start == 0 else [self._last[s.request.index]]
             tokens = [*before, *s.tokens[:-1].tolist()]
-            wanted += range(at + len(before) - 1, at + len(tokens))
-            at += len(tokens)
+            predicting += range(len(fed) + len(before) - 1, len(fed) + len(tokens))
             fed += tokens
             lengths.append(len(tokens))
         device = self.teacher.device
@@ -94,14 +96,11 @@ class SegmentScorer:
             torch.tensor(fed, device=device),
             lengths,
             [self._cached[s.request.index] for s in segments],
-            [self._place[s.request.index] for s in segments],
-            torch.tensor(wanted, device=device),
+            [self._slot[s.request.index] for s in segments],
+            torch.tensor(predicting, device=device),
         )
         if logits is None:
             return []
-        asked = Candidates(
-            torch.cat([s.topk_ids for s in segments]).to(device), torch.cat([s.tokens for s in segments]).to(device)
-        )
-        view = teacher_view(logits, asked, self.prune, self.teacher.vocab_size, self.teacher.layout.groups.tp)
+        view = teacher_view(logits, Candidates.of(segments, device), self.signal, self.teacher)
         split = {name: column.split([len(s.tokens) for s in segments]) for name, column in view.items()}
         return [(s.request.index, {n: p[i].cpu() for n, p in split.items()}) for i, s in enumerate(segments)]

@@ -1,0 +1,86 @@
+"""What is kept of the teacher's logits at each response position, whichever pass produced them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from megatron_opd.losses import vocab_parallel_logprobs
+from megatron_opd.models.model import Model
+from megatron_opd.parallel.exchange import Fields
+from megatron_opd.prune.signals import DriftSignal, TeacherReading
+from megatron_opd.rollout.base import Segment
+from megatron_opd.types import Rollout, TeacherScores
+
+_SIGNAL = "signal."  # before the names of the signal's own columns, among the other fields of a view
+
+
+@dataclass(frozen=True)
+class Candidates:
+    """What the teacher is asked about R positions."""
+
+    ids: Tensor  # [R, K] int64, the student's most likely tokens
+    logprobs: Tensor  # [R, K] float32, the student's log-probs of them
+    sampled: Tensor  # [R] int64
+
+    @classmethod
+    def of(cls, parts: Sequence[Rollout | Segment], device: torch.device) -> Candidates:
+        """Of all positions of some responses, or segments of them, one behind the other."""
+        return cls(
+            torch.cat([p.topk_ids for p in parts]).to(device),
+            torch.cat([p.topk_logprobs for p in parts]).to(device),
+            torch.cat([p.tokens for p in parts]).to(device),
+        )
+
+    def __getitem__(self, positions: slice | Tensor) -> Candidates:
+        return Candidates(self.ids[positions], self.logprobs[positions], self.sampled[positions])
+
+
+def teacher_view(logits: Tensor, asked: Candidates, signal: DriftSignal, teacher: Model) -> Fields:
+    """What the teacher says of R positions, the same on all its tensor-parallel ranks.
+
+    Args:
+        logits: [R, vocab / tp], the teacher's shard.
+
+    Returns:
+        logprobs [R, K] and sampled_logprobs [R] float32 over the full vocabulary, and the signal's own columns; see
+        `columns_of`. Raises ValueError where a column of the signal has another length or one of these names.
+    """
+    shard = teacher.vocab_shard
+    values = vocab_parallel_logprobs(logits, torch.cat([asked.ids, asked.sampled[:, None]], 1), shard)
+    logprobs, sampled = values[:, :-1], values[:, -1]
+    reading = TeacherReading(logits, asked.ids, asked.logprobs, asked.sampled, logprobs, sampled, shard)
+    fields = {"logprobs": logprobs, "sampled_logprobs": sampled}
+    for name, column in signal.measure(reading).items():
+        if name in fields:
+            raise ValueError(f"{type(signal).__name__}.measure: {name} is taken by the teacher's log-probs; rename it")
+        if len(column) != len(sampled):
+            raise ValueError(
+                f"{type(signal).__name__}.measure: column {name} has {len(column)} values for {len(sampled)} positions"
+            )
+        fields[_SIGNAL + name] = column
+    return fields
+
+
+def own_columns(fields: Fields) -> Fields:
+    """The signal's own columns among the fields of a view, by their own names."""
+    return {name.removeprefix(_SIGNAL): column for name, column in fields.items() if name.startswith(_SIGNAL)}
+
+
+def columns_of(fields: Fields) -> Fields:
+    """What `DriftSignal.events` gets of a view."""
+    return {"logprobs": fields["logprobs"], "sampled_logprobs": fields["sampled_logprobs"], **own_columns(fields)}
+
+
+def to_scores(fields: Fields, rollout: Rollout) -> TeacherScores:
+    """A response's scores from the view of its first positions; behind them stand the student's own log-probs, which
+    agree with themselves."""
+    measured = len(fields["sampled_logprobs"])
+    logprobs, sampled = fields["logprobs"], fields["sampled_logprobs"]
+    if measured < len(rollout):
+        logprobs = torch.cat([logprobs, rollout.topk_logprobs[measured:]])
+        sampled = torch.cat([sampled, rollout.logprobs[measured:]])
+    return TeacherScores(logprobs, sampled, own_columns(fields), measured)
