@@ -44,8 +44,8 @@ class FusedScoring(Scoring):
 
 
 @dataclass(frozen=True)
-class ScoredRow:
-    """One row on the last stage."""
+class ScoredMicroBatch:
+    """What the loss needs of one row, on the last stage."""
 
     targets: DistillTargets  # [T, K] and [T], live logits [T, vocab / tp]
     weight: Tensor  # [T] float32 prune weights, 0 where no response token is predicted
@@ -62,14 +62,14 @@ class FusedTeacher:
         self._scored: list[tuple[int, Fields]] = []  # index of a response, this rank's part of its scores
 
     def forward(
-        self, chunk: torch.nn.Module, tokens: Tensor, row: PackedRow, lengths: list[int]
+        self, chunk: torch.nn.Module, tokens: Tensor, packed: PackedRow, lengths: list[int]
     ) -> tuple[Tensor, Tensor | None]:
         """This stage of both models on one row of T tokens, in the student's schedule.
 
         Args:
             chunk: the student's stage as the schedule knows it; its input is what the stage before returned here.
             tokens: [T] int64 that this rank holds of a row padded to `row_multiple`.
-            row: the student's; `lengths` are those of its sequences, for the teacher's own row.
+            packed: the student's row; `lengths` are those of its sequences, for the teacher's own row.
 
         Returns:
             What the schedule passes on, [T, 1, both widths], and None; on the last stage the student's logits
@@ -82,7 +82,7 @@ class FusedTeacher:
             beside.set_input_tensor(theirs.detach())
         with torch.no_grad():
             other = beside(tokens[None], None, None, packed_seq_params=self.teacher.row(lengths, self.row_multiple)[0])
-        out = chunk(tokens[None], None, None, packed_seq_params=row)
+        out = chunk(tokens[None], None, None, packed_seq_params=packed)
         if self.student.layout.is_last_stage:
             return out, other[0]
         return torch.cat([out, other], dim=-1), None
@@ -95,7 +95,7 @@ class FusedTeacher:
         sampled: Tensor,
         spans: dict[int, slice],
         predicts: Tensor,
-    ) -> ScoredRow:
+    ) -> ScoredMicroBatch:
         """From both models' logits [T, vocab / tp] of a row to what the loss needs; remembers each response's part.
 
         Args:
@@ -116,7 +116,7 @@ class FusedTeacher:
             del part["logprobs"]  # a table of [T, K] that nobody reads again
             part = {name: column[mask] for name, column in (part | {"weight": weight[span]}).items()}
             self._scored.append((index, part | {"events": events, "effective": effective}))
-        return ScoredRow(
+        return ScoredMicroBatch(
             DistillTargets(
                 student_ids=ids,
                 teacher_logprobs=view["logprobs"],

@@ -75,17 +75,17 @@ def read_rollouts(model: Model, rollouts: list[Rollout], view: View, tokens_per_
     mine = plan.microbatches[layout.data_rank]
     owned: list[tuple[int, Fields]] = []
     if any(mine) or layout.parallel.expert > 1:
-        rows = [model.row([lengths[i] for i in batch] or [1]) for batch in mine]
+        planned = [model.row([lengths[i] for i in batch] or [1]) for batch in mine]
 
         def forward_step(
             iterator: Iterator[int], chunk: torch.nn.Module
         ) -> tuple[torch.Tensor, Callable[..., list[Fields]]]:
             number = next(iterator)
             members = [rollouts[i] for i in mine[number]]
-            row, tokens = rows[number]
-            fed = row.take(_inputs(members, row, tokens)).to(model.device)
-            logits = chunk(fed[None], None, None, packed_seq_params=row)
-            return logits, lambda output, non_loss_data: _view_of_row(output[0], members, row, view)
+            packed, tokens = planned[number]
+            fed = packed.take(_inputs(members, packed, tokens)).to(model.device)
+            logits = chunk(fed[None], None, None, packed_seq_params=packed)
+            return logits, lambda output, non_loss_data: _view_of_responses(output[0], members, packed, view)
 
         for chunk in model.chunks:
             chunk.eval()
@@ -96,7 +96,7 @@ def read_rollouts(model: Model, rollouts: list[Rollout], view: View, tokens_per_
                 model.config,
                 layout,
                 range(len(mine)),
-                [tokens for _, tokens in rows],
+                [tokens for _, tokens in planned],
                 forward_only=True,
                 collect=True,
             )
@@ -105,10 +105,10 @@ def read_rollouts(model: Model, rollouts: list[Rollout], view: View, tokens_per_
     return share_responses(owned, layout, model.device, [(len(r.prompt.tokens), len(r)) for r in rollouts])
 
 
-def _inputs(rollouts: list[Rollout], row: PackedRow, tokens: int) -> Tensor:
+def _inputs(rollouts: list[Rollout], packed: PackedRow, tokens: int) -> Tensor:
     """[tokens] int64 of the whole row: prompts and responses without their last tokens, zeros as padding."""
     fed, start = torch.zeros(tokens, dtype=torch.int64), 0
-    for r, padded in zip(rollouts, row.lengths):
+    for r, padded in zip(rollouts, packed.lengths):
         prompt = len(r.prompt.tokens)
         fed[start : start + prompt] = torch.tensor(r.prompt.tokens)
         fed[start + prompt : start + prompt + len(r) - 1] = r.tokens[:-1]
@@ -116,18 +116,18 @@ def _inputs(rollouts: list[Rollout], row: PackedRow, tokens: int) -> Tensor:
     return fed
 
 
-def _view_of_row(logits: Tensor, rollouts: list[Rollout], row: PackedRow, view: View) -> list[Fields]:
+def _view_of_responses(logits: Tensor, rollouts: list[Rollout], packed: PackedRow, view: View) -> list[Fields]:
     """The view of each response (of this rank's part of it), from logits [T / cp, vocab / tp] of a row."""
     if not rollouts:
         return []
     asked = Candidates.of(rollouts, logits.device)
-    predicted = torch.full((sum(row.lengths),), -1)  # which of the candidates each token of the row predicts
+    predicted = torch.full((sum(packed.lengths),), -1)  # which of the candidates each token of the row predicts
     start = number = 0
-    for r, padded in zip(rollouts, row.lengths):
+    for r, padded in zip(rollouts, packed.lengths):
         first = start + len(r.prompt.tokens) - 1
         predicted[first : first + len(r)] = torch.arange(number, number + len(r))
         start, number = start + padded, number + len(r)
-    predicted = row.take(predicted)
+    predicted = packed.take(predicted)
     tokens = (predicted >= 0).nonzero()[:, 0]
     predicted = predicted[tokens]
     fields = _view_in_pieces(logits, tokens.to(logits.device), asked[predicted.to(logits.device)], view)
