@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import signal
 import subprocess
 import sys
 import threading
+import uuid
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from multiprocessing import Pipe
@@ -18,6 +21,7 @@ from megatron_opd.types import Prompt
 
 WORKER = Path(__file__).with_name("worker.py")
 START_TIMEOUT_S = 120.0
+_MARK = "MEGATRON_OPD_VERIFIER"
 
 
 class VerifierError(RunError):
@@ -125,6 +129,21 @@ def reference_problems(prompts: Sequence[Prompt], pool: VerifierPool) -> list[st
     return list(findings.values())
 
 
+def _kill_group(leader: int) -> None:
+    with contextlib.suppress(ProcessLookupError, PermissionError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def _kill_marked(mark: str) -> None:
+    """Kills every process of this user whose environment holds the mark."""
+    wanted = f"{_MARK}={mark}".encode()
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            with contextlib.suppress(OSError):  # ended by now, or another user's
+                if wanted in Path("/proc", entry, "environ").read_bytes().split(b"\0"):
+                    os.kill(int(entry), signal.SIGKILL)
+
+
 class _Worker:
     """One worker process; it is started when needed and killed when late."""
 
@@ -132,6 +151,7 @@ class _Worker:
         self.verifier = verifier
         self._process: subprocess.Popen[bytes] | None = None
         self._connection: Connection | None = None
+        self._mark = uuid.uuid4().hex  # in the environment of the worker and of whatever it starts
 
     def score(self, case: Case, timeout_s: float) -> Verdict:
         connection = self._connection or self._start()
@@ -164,7 +184,8 @@ class _Worker:
                 pass_fds=[theirs.fileno()],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"},
+                env={**os.environ, "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", _MARK: self._mark},
+                start_new_session=True,
             )
         self._process, self._connection = process, ours
         try:
@@ -190,7 +211,12 @@ class _Worker:
             return "not running"
         try:
             code = process.wait(timeout=grace_s)  # closing the connection ends an idle one
+            idle = code == 0
         except subprocess.TimeoutExpired:
-            process.kill()
+            idle = False
+            _kill_group(process.pid)
             code = process.wait()
+        if not idle:  # a verifier that hung or died may have left processes, also in sessions of their own
+            _kill_group(process.pid)
+            _kill_marked(self._mark)
         return f"signal {-code}" if code < 0 else f"exit code {code}"

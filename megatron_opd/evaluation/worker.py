@@ -8,6 +8,8 @@ Messages over the connection whose file descriptor is the only argument:
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import functools
 import importlib
 import logging
@@ -28,31 +30,117 @@ ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # reasoning-gym's
 Verifier = Callable[[str, str, dict[str, Any], str], tuple[float, "str | None"]]
 
 
-def boxed(response: str) -> str | None:
-    """What the response's last complete \\boxed{...} (or \\fbox{...}) holds, None where there is none."""
-    for start in reversed([m.end() for m in re.finditer(r"\\f?boxed\s*\{", response)]):
-        depth = 1
-        for end in range(start, len(response)):
-            escaped = response[end - 1] == "\\" and response[end - 2] != "\\"
-            if not escaped and response[end] in "{}":
-                depth += 1 if response[end] == "{" else -1
+# How models and templates mark their thinking: what lies between is no answer, and neither is what a response that was
+# cut in its thinking has said so far.
+THINKING = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<reasoning>", "</reasoning>"),
+    ("<seed:think>", "</seed:think>"),
+    ("[THINK]", "[/THINK]"),
+    ("◁think▷", "◁/think▷"),
+    ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
+)
+BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])\s*")
+# "Answer: 4" (DAPO-Math-17K, whose prompts ask for it), "**Final answer:** 4", "#### 4" (GSM8K), alone on a line.
+ANSWER_LINE = re.compile(
+    r"^[\s>*#_-]*(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*)?[*_]*\s*[:：]|####)(.*)$", re.I | re.M
+)
+# Between two boxes that are one answer: "\\boxed{1} and \\boxed{2}", "$x=\\boxed{1}$ or $x=\\boxed{2}$".
+CONNECTED = re.compile(
+    r"(?:[\s$,;&]|and|or|\\(?:text|mbox|mathrm)\{\s*(?:and|or)\s*\}|\\q?quad|\\[,;!()\[\]]|[A-Za-z]\w{0,2}\s*=)*"
+)
+
+
+def final_part(response: str) -> str:
+    """The response behind its thinking; empty where the thinking was never finished."""
+    for begin, end in THINKING:
+        if end in response:
+            response = response.rpartition(end)[2]
+        response = response.partition(begin)[0]
+    return response
+
+
+def boxes(text: str) -> list[tuple[int, int, str]]:
+    """Start, end and content of each complete \\boxed{...} or \\fbox{...}, or \\boxed 5 without braces, in order."""
+    found = []
+    for match in BOX.finditer(text):
+        start = match.end()
+        if start == len(text):
+            continue
+        if text[start] != "{":  # TeX takes the next token
+            token = re.match(r"\\[A-Za-z]+|[^\s\\{}$]", text[start:])
+            if token and match.group().rstrip() != match.group():
+                found.append((match.start(), start + token.end(), _unbraced(text[start:])))
+            continue
+        depth = 0
+        for at in range(start, len(text)):
+            escaped = text[at - 1] == "\\" and text[at - 2] != "\\"
+            if not escaped and text[at] in "{}":
+                depth += 1 if text[at] == "{" else -1
             if depth == 0:
-                return response[start:end].strip()
-    return None
+                found.append((match.start(), at + 1, text[start + 1 : at].strip()))
+                break
+    return found
+
+
+def _unbraced(text: str) -> str:
+    """The number or word behind a \\boxed that has no braces; models mean more than TeX's one token."""
+    match = re.match(r"-?\d[\d.,]*\d|[^\s$]+?(?=[.,;:!?]?(?:[\s$]|$))", text)
+    return match.group() if match else text[:1]
+
+
+def boxed(text: str) -> str | None:
+    """What the last box holds, or the last boxes where only "and", "or" or a comma stand between them; else None."""
+    found = boxes(text)
+    if not found:
+        return None
+    together = [found[-1]]
+    for earlier in reversed(found[:-1]):
+        if not CONNECTED.fullmatch(text, earlier[1], together[0][0]):
+            break
+        together.insert(0, earlier)
+    return ", ".join(content for _, _, content in together)
+
+
+def marked_answer(text: str) -> str | None:
+    """What a final part marks as its answer: <answer>...</answer>, else the later of its last box and its last line
+    that begins with "Answer:"; None where it marks nothing, "" where it was cut inside its last box."""
+    tagged = ANSWER_TAG.findall(text)
+    if tagged:
+        inside = boxed(tagged[-1])
+        return tagged[-1].strip() if inside is None else inside
+    lines = [m for m in ANSWER_LINE.finditer(text) if m.group(1).strip(" *_$")]
+    begun = [m.start() for m in BOX.finditer(text) if text[m.end() : m.end() + 1] == "{"]
+    last_box = max((start for start, _, _ in boxes(text)), default=-1)
+    if begun and begun[-1] > last_box:
+        return ""
+    if lines and lines[-1].start() > last_box:
+        return _bare(lines[-1].group(1))
+    return boxed(text)
+
+
+def _bare(line: str) -> str:
+    """An answer line's content without the emphasis, dollars and full stop around it."""
+    line = line.strip().strip("*_").strip()
+    line = line[:-1].rstrip() if line.endswith(".") else line
+    for begin, end in (("$$", "$$"), ("$", "$"), ("\\(", "\\)"), ("\\[", "\\]")):
+        if len(line) > len(begin + end) and line.startswith(begin) and line.endswith(end):
+            inner = line[len(begin) : -len(end)]
+            return line if begin in inner else inner.strip()
+    return line.removeprefix("$") if line.count("$") == 1 else line
 
 
 def final_answer(response: str) -> str:
-    """The marked answer (<answer>...</answer> or boxed), else the text behind the thinking, else the whole text."""
-    response = response.rpartition("</think>")[2]
-    tagged = ANSWER_TAG.findall(response)
-    if tagged:
-        return tagged[-1].strip()
-    in_box = boxed(response)
-    return response.strip() if in_box is None else in_box
+    """The marked answer, else the text behind the thinking."""
+    part = final_part(response)
+    marked = marked_answer(part)
+    return part.strip() if marked is None else marked
 
 
 def load_math() -> Verifier:
-    """math-verify on the boxed answer; equal text needs no computer algebra."""
+    """math-verify on the marked answer, or, where nothing is marked, on the whole final part."""
     from math_verify import parse, verify
 
     logging.getLogger("math_verify").setLevel(logging.ERROR)  # it warns of the time-outs switched off below
@@ -62,16 +150,19 @@ def load_math() -> Verifier:
         return parse(f"\\boxed{{{text.strip('$')}}}", parsing_timeout=no_limit, fallback_mode="no_fallback")
 
     def score(response: str, answer: str, metadata: dict[str, Any], source: str) -> tuple[float, str | None]:
-        found = boxed(response)
-        if found is None:
+        part = final_part(response)
+        found = marked_answer(part)
+        if not part.strip() or found == "":
             return 0.0, None
-        reference = (boxed(answer) or answer).strip()
+        reference = final_answer(answer)
         if found == reference:
             return 1.0, found
         expected = parsed(reference)
         if not expected:
             raise ValueError(f"math-verify cannot read the reference answer {reference!r}")
-        return float(verify(expected, parsed(found), timeout_seconds=no_limit, raise_on_error=True)), found
+        read = parse(part, parsing_timeout=no_limit) if found is None else parsed(found)
+        shown = found if found is not None else str(read[-1]) if read else None
+        return float(verify(expected, read, timeout_seconds=no_limit, raise_on_error=True)), shown
 
     score("\\boxed{\\frac{1}{2}}", "0.5", {}, "")  # compiles its patterns, outside anyone's time limit
     return score
@@ -120,9 +211,46 @@ def load_custom(name: str) -> Verifier:
 LOADERS = {"math": load_math, "reasoning_gym": load_reasoning_gym, "exact": load_exact}
 
 
+def become_subreaper() -> None:
+    """Processes that a verifier's children leave behind become this process's own children, where they can be ended."""
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+
+
+def end_children() -> None:
+    """Kills what the last verdict has left running; returns at once where nothing was."""
+    while True:
+        try:
+            if os.waitpid(-1, os.WNOHANG)[0]:
+                continue
+        except ChildProcessError:
+            return
+        for pid in _children():
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(-1, 0)
+
+
+def _children() -> list[int]:
+    """Process ids whose parent is this process."""
+    found = []
+    for entry in os.listdir("/proc"):
+        if entry.isdigit():
+            try:
+                with open(f"/proc/{entry}/stat", "rb") as stat:
+                    parent = int(stat.read().rpartition(b")")[2].split()[1])
+            except (OSError, ValueError, IndexError):  # it has ended by now
+                continue
+            if parent == os.getpid():
+                found.append(int(entry))
+    return found
+
+
 def serve(connection: Connection) -> None:
     """Answers messages until the other end closes."""
     verifier: Verifier | None = None
+    own_pid = os.getpid()
     while True:
         try:
             kind, *content = connection.recv()
@@ -137,6 +265,9 @@ def serve(connection: Connection) -> None:
                 signal.setitimer(signal.ITIMER_REAL, seconds + 5)
                 score, found = verifier(*arguments)
                 signal.setitimer(signal.ITIMER_REAL, 0)
+                if os.getpid() != own_pid:  # the verifier forked, and this is the child: one verdict is enough
+                    os._exit(0)
+                end_children()
                 if not 0.0 <= score <= 1.0:
                     raise ValueError(f"the verifier returned {score}, not a score from 0 to 1")
                 connection.send(("scored", (score, found)))
@@ -144,6 +275,9 @@ def serve(connection: Connection) -> None:
             return
         except Exception as error:
             signal.setitimer(signal.ITIMER_REAL, 0)
+            if os.getpid() != own_pid:
+                os._exit(1)
+            end_children()
             connection.send(("failed", f"{type(error).__name__}: {error}"[:500]))
 
 
@@ -154,6 +288,7 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it too and closes us
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     os.environ["OMP_NUM_THREADS"] = "1"
+    become_subreaper()
     serve(Connection(int(sys.argv[1])))
 
 
