@@ -51,6 +51,8 @@ ANSWER_LINE = re.compile(
 CONNECTED = re.compile(
     r"(?:[\s$,;&]|and|or|\\(?:text|mbox|mathrm)\{\s*(?:and|or)\s*\}|\\q?quad|\\[,;!()\[\]]|[A-Za-z]\w{0,2}\s*=)*"
 )
+# The letter of AMC's choices in front of the value: "\\textbf{(C)}\\ 18".
+CHOICE = re.compile(r"\A\\(?:text|textbf|mathrm|mathbf)\{\s*\(?[A-E]\)?\s*\}(?:\\[ ,;:]|\\q?quad|[~\s])+(?=\S)")
 
 
 def final_part(response: str) -> str:
@@ -64,7 +66,7 @@ def final_part(response: str) -> str:
 
 def boxes(text: str) -> list[tuple[int, int, str]]:
     """Start, end and content of each complete \\boxed{...} or \\fbox{...}, or \\boxed 5 without braces, in order."""
-    found = []
+    spans = []
     for match in BOX.finditer(text):
         start = match.end()
         if start == len(text):
@@ -72,7 +74,7 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
         if text[start] != "{":  # TeX takes the next token
             token = re.match(r"\\[A-Za-z]+|[^\s\\{}$]", text[start:])
             if token and match.group().rstrip() != match.group():
-                found.append((match.start(), start + token.end(), _unbraced(text[start:])))
+                spans.append((match.start(), start + token.end(), _unbraced(text[start:])))
             continue
         depth = 0
         for at in range(start, len(text)):
@@ -80,9 +82,10 @@ def boxes(text: str) -> list[tuple[int, int, str]]:
             if not escaped and text[at] in "{}":
                 depth += 1 if text[at] == "{" else -1
             if depth == 0:
-                found.append((match.start(), at + 1, text[start + 1 : at].strip()))
+                content = text[start + 1 : at].strip()
+                spans.append((match.start(), at + 1, re.sub(r"(?<!\.)\.$", "", content)))
                 break
-    return found
+    return spans
 
 
 def _unbraced(text: str) -> str:
@@ -93,11 +96,11 @@ def _unbraced(text: str) -> str:
 
 def boxed(text: str) -> str | None:
     """What the last box holds, or the last boxes where only "and", "or" or a comma stand between them; else None."""
-    found = boxes(text)
-    if not found:
+    spans = boxes(text)
+    if not spans:
         return None
-    together = [found[-1]]
-    for earlier in reversed(found[:-1]):
+    together = [spans[-1]]
+    for earlier in reversed(spans[:-1]):
         if not CONNECTED.fullmatch(text, earlier[1], together[0][0]):
             break
         together.insert(0, earlier)
@@ -160,7 +163,7 @@ def load_math() -> Verifier:
         expected = parsed(reference)
         if not expected:
             raise ValueError(f"math-verify cannot read the reference answer {reference!r}")
-        read = parse(part, parsing_timeout=no_limit) if found is None else parsed(found)
+        read = parse(part, parsing_timeout=no_limit) if found is None else parsed(CHOICE.sub("", found, count=1))
         shown = found if found is not None else str(read[-1]) if read else None
         return float(verify(expected, read, timeout_seconds=no_limit, raise_on_error=True)), shown
 
@@ -234,7 +237,7 @@ def end_children() -> None:
 
 def _children() -> list[int]:
     """Process ids whose parent is this process."""
-    found = []
+    pids = []
     for entry in os.listdir("/proc"):
         if entry.isdigit():
             try:
@@ -243,8 +246,8 @@ def _children() -> list[int]:
             except (OSError, ValueError, IndexError):  # it has ended by now
                 continue
             if parent == os.getpid():
-                found.append(int(entry))
-    return found
+                pids.append(int(entry))
+    return pids
 
 
 def serve(connection: Connection) -> None:

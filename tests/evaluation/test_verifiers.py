@@ -13,6 +13,7 @@ import pytest
 from megatron_opd.evaluation import worker
 from megatron_opd.evaluation.verifiers import Case, Verdict, VerifierError, VerifierPool, reference_problems
 from megatron_opd.types import Prompt
+from tests.evaluation import verifier_table
 
 OWN = "tests.evaluation.own_verifiers:misbehave"
 
@@ -28,7 +29,8 @@ def math():
     [
         ("so it is \\boxed{42}.", "42", True),
         ("so it is \\boxed{42}.", "43", False),
-        ("so it is 42.", "42", False),  # no box
+        ("so it is 42.", "42", True),  # nothing is marked: the whole final part is read
+        ("so it is 42.", "43", False),
         ("", "42", False),
         ("first \\boxed{1}, no: \\boxed{2}", "2", True),
         ("first \\boxed{1}, no: \\boxed{2}", "1", False),
@@ -211,7 +213,7 @@ def test_the_worker_imports_neither_torch_nor_this_package():
     [
         ("\\boxed{a{b}c}", "a{b}c"),
         ("\\boxed {a}", "a"),
-        ("\\fbox{1} then \\boxed{2", None),
+        ("\\fbox{1} then \\boxed{2", "1"),
         ("\\boxed{1} then \\boxed{2", "1"),
         ("\\boxed{\\{1\\}}", "\\{1\\}"),
         ("boxed{1}", None),
@@ -219,3 +221,13 @@ def test_the_worker_imports_neither_torch_nor_this_package():
 )
 def test_boxed(text, inside):
     assert worker.boxed(text) == inside
+
+
+def test_the_table_of_hand_decided_pairs():
+    """Nothing wrong is accepted, and right answers are read in every convention."""
+    table = verifier_table.pairs()
+    verdicts = verifier_table.judge()
+    precision, recall = verifier_table.rates(verdicts, table)
+    wrong = [p for said, p in zip(verdicts, table, strict=True) if said and not p["right"]]
+    assert len(table) >= 300 and precision == 1, wrong
+    assert recall > 0.96, [p for said, p in zip(verdicts, table, strict=True) if p["right"] and not said]
