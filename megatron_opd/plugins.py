@@ -46,6 +46,12 @@ SIGNALS = {
     "teacher_top_p": "megatron_opd.prune.signals:TeacherNucleus",
     "none": "megatron_opd.prune.signals:NoSignal",
 }
+TOKEN_WEIGHTINGS = {
+    "none": "",  # every response token weighs the same
+    "iw": "megatron_opd.prune.token_weighting:DisagreementBefore",
+    "tip": "megatron_opd.prune.token_weighting:EntropyOrDisagreement",
+    "random_window": "megatron_opd.prune.token_weighting:RandomWindow",
+}
 ENGINES = ("megatron", "vllm")  # rollout/factory.py makes them: each has needs of its own
 VERIFIERS = ("math", "reasoning_gym", "exact")  # evaluation/worker.py has them: its process imports nothing of ours
 
@@ -98,6 +104,8 @@ def build_part(
     a ValueError.
     """
     maker = load_part(key, name, table)
+    if not callable(maker):
+        raise ConfigError(f"{key}: {name} is a {type(maker).__name__}, not a class")
     signature = inspect.signature(maker)
     try:
         signature.bind(*arguments, **options)

@@ -92,6 +92,11 @@ class Config(Section):
                 problems.append("score.mode: fused scores after generation; it excludes prune.in_flight: true")
             if self.prune.cut != "none":
                 problems.append("score.mode: fused learns the drift point too late to cut; set prune.cut: none")
+            if self.prune.token_weighting != "none":
+                problems.append(
+                    f"prune.token_weighting: {self.prune.token_weighting} needs the whole batch's scores before the "
+                    "first micro-batch is trained on; set score.mode: separate"
+                )
         if loss := LOSSES.get(self.loss.kind):
             problems += self.loss_problems(loss.reads, loss.fused_head)
         if self.student.parallel.expert > 1 and self.rollout.engine == "megatron":

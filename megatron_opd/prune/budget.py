@@ -121,3 +121,17 @@ class ResponseBudget:
             )
         for name in expected:
             setattr(self, name, state[name])
+
+
+class StaircaseBudget(ResponseBudget):
+    """Grows by `step` after every `patience` steps, whatever the responses are (POPD, arXiv 2605.31490; Prefix OPD).
+
+    With `initial` H_0: min(maximum, H_0 + step floor(k / patience)) at step k = 0, 1, ...
+    """
+
+    def update_from_hit_ratio(self, h: float) -> int:
+        self.last_hit_ratio = float(h)
+        self.no_hit_steps += 1  # here: steps on this stair
+        if self.no_hit_steps >= self.patience:
+            self.current, self.no_hit_steps = min(self.current + self.step, self.maximum), 0
+        return self.current

@@ -75,6 +75,8 @@ def step(run: Run) -> dict[str, Any]:
     rollouts, scores = run.scoring.generate_and_score(requests, run.sampling(), clock)
     with clock.phase("cut"):
         batch = assign_prune_weights(rollouts, scores, run.config.prune, run.scoring.signal)
+        if run.token_weighting is not None:
+            run.token_weighting.apply_to(batch)
         if run.rewards is not None:
             run.rewards.add_to(batch, requests)
     with clock.phase("train"):

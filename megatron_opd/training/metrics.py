@@ -27,6 +27,9 @@ def batch_metrics(batch: ScoredBatch) -> dict[str, Any]:
         "ended": {reason: sum(r.end_reason == reason for r in rollouts) for reason in (END_EOS, END_LENGTH, END_DRIFT)},
         "reverse_kl": reverse_kl(batch),
     }
+    if batch.token_weight is not None:
+        weight = torch.cat(batch.token_weight)
+        numbers |= {"token_weight_mean": float(weight.mean()), "tokens_weighted": int((weight > 0).sum())}
     of_signal = signal_metrics(batch)
     if taken := numbers.keys() & of_signal.keys():
         raise ValueError(f"the drift signal's columns need other names: {', '.join(taken)} is a metric already")

@@ -17,8 +17,9 @@ from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
 from megatron_opd.parallel.collective import from_rank_0, on_rank_0
-from megatron_opd.prune import ResponseBudget
+from megatron_opd.prune import ResponseBudget, StaircaseBudget
 from megatron_opd.prune.signals import make_signal
+from megatron_opd.prune.token_weighting import make_token_weighting
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.runtime.guard import Guard
@@ -87,6 +88,7 @@ class Run:
         self.rewards = PastDriftRewards(config, self.tokenizer) if config.prune.after_drift == "grpo" else None
         self.training_step = TrainingStep(self.trainer, config)
         self.budget = make_budget(config)
+        self.token_weighting = make_token_weighting(config.prune.token_weighting, config.prune.token_weighting_options)
         self.totals = Totals()
         self.step = 0
         self.unreported: dict[str, Any] | None = None  # the last step's metrics while its evaluation is not done
@@ -153,10 +155,10 @@ class Run:
         )
 
     def move_budget(self, effective_lengths: list[int]) -> dict[str, Any]:
-        """Sets the next step's budget and returns this step's numbers; without a drift signal it never moves."""
+        """Sets the next step's budget and returns this step's numbers; see prune.budget.rule."""
         budget = self.budget
         metrics = {"hit_ratio": budget.measure(effective_lengths), "budget": budget.current}
-        if self.config.prune.watches_drift:
+        if self.config.prune.moves_budget:
             budget.update_from_hit_ratio(metrics["hit_ratio"])
         return metrics | {"budget_next": budget.current, "no_hit_steps": budget.no_hit_steps}
 
@@ -205,10 +207,14 @@ class Run:
 
     def _resume_budget(self, saved: dict[str, Any]) -> None:
         """The config's settings win, as for the learning rate: who resumes with another maximum means it."""
-        if not self.config.prune.watches_drift:
+        if not self.config.prune.moves_budget:
             return
         budget = self.budget
-        changed = [f"{key} {saved[key]} -> {value}" for key, value in self.config.prune.budget if saved[key] != value]
+        changed = [
+            f"{key} {saved[key]} -> {value}"
+            for key, value in self.config.prune.budget
+            if key in saved and saved[key] != value
+        ]
         budget.current = min(max(saved["current"], budget.minimum), budget.maximum)
         budget.no_hit_steps = min(saved["no_hit_steps"], budget.patience - 1)
         budget.last_hit_ratio = saved["last_hit_ratio"]
@@ -255,12 +261,14 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
 
 
 def make_budget(config: Config) -> ResponseBudget:
-    """The budget controller; without a signal it stays at the maximum."""
+    """The budget controller of `prune.budget.rule`."""
     settings = config.prune.budget
-    initial = settings.initial if config.prune.watches_drift else settings.maximum
-    return ResponseBudget(
+    kind = StaircaseBudget if settings.rule == "staircase" else ResponseBudget
+    fixed = max(1, int(settings.share * settings.maximum))
+    initial = settings.initial if config.prune.moves_budget else fixed
+    return kind(
         initial,
-        settings.minimum,
+        min(settings.minimum, initial),
         settings.maximum,
         settings.step,
         settings.margin,

@@ -6,7 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opd.prune import ResponseBudget
+from megatron_opd.config import parse_config
+from megatron_opd.prune import ResponseBudget, StaircaseBudget
+from megatron_opd.training.run import make_budget
 
 REPLAY = Path(__file__).parents[1] / "data" / "budget_replay.csv"
 
@@ -90,3 +92,47 @@ def test_a_checkpoint_with_other_settings_wins_loudly_and_a_broken_one_is_refuse
         other.load_state_dict({**budget.state_dict(), "current": 99})
     with pytest.raises(ValueError, match="no_hit_steps 3 outside 0..2"):
         other.load_state_dict({**budget.state_dict(), "no_hit_steps": 3})
+
+
+def test_a_staircase_on_the_worked_numbers():
+    """POPD: H_0 = dH = 1024, dk = 10, T = 4096."""
+    budget = StaircaseBudget(initial=1024, minimum=1024, maximum=4096, step=1024, patience=10)
+    used = []
+    for step in range(45):
+        used.append(budget.current)
+        budget.update_from_hit_ratio(step % 2)  # whatever the responses are
+    assert used == [1024] * 10 + [2048] * 10 + [3072] * 10 + [4096] * 15
+
+
+def test_a_staircase_goes_on_from_its_stair():
+    budget = StaircaseBudget(initial=8, minimum=8, maximum=64, step=8, patience=3)
+    for _ in range(5):
+        budget.update([1, 2])
+    resumed = StaircaseBudget(initial=8, minimum=8, maximum=64, step=8, patience=3)
+    resumed.load_state_dict(budget.state_dict())
+    assert [resumed.update([1]) for _ in range(4)] == [budget.update([1]) for _ in range(4)] == [24, 24, 24, 32]
+
+
+@pytest.mark.parametrize(
+    ("prune", "budgets"),
+    [
+        ({"preset": "off"}, [400, 400]),
+        ({"preset": "topd"}, [100, 100]),  # a quarter of the maximum, for ever
+        ({"preset": "topd", "budget": {"share": 0.1}}, [40, 40]),
+        ({"preset": "prefix", "budget": {"patience": 1}}, [256, 400]),
+        ({"preset": "popd", "budget": {"initial": 100, "minimum": 100, "step": 50, "patience": 1}}, [100, 150]),
+    ],
+)
+def test_presets_have_their_budget(prune, budgets):
+    budget = (
+        {"maximum": 400, "initial": 200, "minimum": 100} if prune["preset"] in ("off", "topd") else {"maximum": 400}
+    )
+    prune = {**prune, "budget": {**budget, **prune.get("budget", {})}}
+    models = {"student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "c.jsonl"}}
+    config = parse_config({**models, "prune": prune})
+    made, used = make_budget(config), []
+    for _ in range(2):
+        used.append(made.current)
+        if config.prune.moves_budget:
+            made.update([1])
+    assert used == budgets
