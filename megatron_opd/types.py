@@ -13,7 +13,7 @@ prune weight          what a position's loss is multiplied with; a bare "weight"
 effective length      number of response positions with reliability left
 budget                the cap on generated tokens of the next step
 
-Letters in shapes: T response tokens of one answer, K candidates, B answers.
+Letters in shapes: T tokens of one response, K candidates, B responses.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class Prompt:
 class Rollout:
     """One generated response with the sampler's view of it.
 
-    `index` is the response's place in the global batch (prompt-major: prompt * responses_per_prompt + answer); it seeds
+    `index` is the place in the global batch (prompt-major: prompt * responses_per_prompt + number); it seeds
     the sampler, so the same index gives the same tokens on every layout.
     """
 
@@ -77,9 +77,9 @@ class TeacherScores:
 
 @dataclass
 class ScoredBatch:
-    """One step's answers with everything that the training step needs, identical on every rank.
+    """One step's responses with everything that the training step needs, identical on every rank.
 
-    Lists run over the B answers of the global batch. `prune_weight[i]` is [T_i] float32; positions behind
+    Lists run over the B responses of the global batch. `prune_weight[i]` is [T_i] float32; positions behind
     `kept_length[i]` are not sent through the training schedule.
     """
 

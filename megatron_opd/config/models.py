@@ -18,7 +18,7 @@ class ParallelConfig(Section):
     """Model chunks per pipeline stage; above 1 the interleaved schedule runs. Student only."""
     context: Positive = 1
     """Context-parallel size: each sequence's tokens are shared out over so many ranks, in training and in the teacher's
-    pass over whole answers. Generation and scoring in flight use these ranks as further data-parallel ones."""
+    pass over whole responses. Generation and scoring in flight use these ranks as further data-parallel ones."""
     expert: Positive = 1
     """Expert-parallel size of mixture-of-experts models."""
     sequence: bool = False

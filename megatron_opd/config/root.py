@@ -106,7 +106,7 @@ class Config(Section):
             )
         if self.teacher.parallel.expert > 1 and (self.prune.in_flight or self.prune.cut != "none"):
             problems.append(
-                f"teacher.parallel.expert: {self.teacher.parallel.expert} spans replicas that score answers of "
+                f"teacher.parallel.expert: {self.teacher.parallel.expert} spans replicas that score responses of "
                 "different numbers of segments; set prune.in_flight: false and prune.cut: none, or expert: 1"
             )
         names = [s.name for s in self.eval.sets]

@@ -20,22 +20,22 @@ def share_responses(
     items: Sequence[tuple[int, Fields]],
     layout: Layout,
     device: torch.device,
-    answers: Sequence[tuple[int, int]],
+    lengths: Sequence[tuple[int, int]],
     once: Sequence[str] = (),
 ) -> list[Fields]:
-    """Every rank gets every answer's columns, one value per response token, in the order of the response.
+    """Every rank gets every response's columns, one value per response token, in the order of the response.
 
     Args:
-        items: (number of the answer, fields) of the rows that this rank has computed, ignored where it does not own
+        items: (number of the response, fields) of the rows that this rank has computed, ignored where it does not own
             results. Under context parallelism a rank's fields are of the response tokens that its part of the row
-            predicts, in the order of the row; all ranks of the group have an item for the answer.
-        answers: tokens of prompt and response of every answer.
-        once: fields that are of a whole answer, not of its tokens; the same on all context-parallel ranks.
+            predicts, in the order of the row; all ranks of the group have an item for the response.
+        lengths: tokens of prompt and of response, of every response.
+        once: fields that are of a whole response, not of its tokens; the same on all context-parallel ranks.
     """
     rank, size = layout.context
     shared = share_fields([((i, rank), fields) for i, fields in items], layout.owns_results, device)
     found = []
-    for i, (prompt, response) in enumerate(answers):
+    for i, (prompt, response) in enumerate(lengths):
         parts = [shared[i, r] for r in range(size)]
         order = torch.cat([response_places(prompt, response, r, size) for r in range(size)]).argsort()
         found.append(

@@ -7,9 +7,8 @@
     E   = number of response tokens with R_t > 1e-8                              effective length
 
 Departures from the paper (arXiv 2605.07804):
-- R is computed in float64 and values up to 1e-8, the paper's own tolerance, are exactly 0, so the price of events adds
-up to
-  nothing left for every w_drop, not only where float rounding happens to agree.
+- R is computed in float64, and values up to 1e-8, the paper's own tolerance, count as 0. So a response is spent after
+  1 / w_drop events for every w_drop, however floats round.
 - w_base = 0 is allowed: the loss weight then is R itself and a spent sequence teaches nothing more. The paper's is 0.5.
 - An overlap that is NaN on a response token is an error; in the paper's code it would compare as "no event".
 - Counts can be carried from segment to segment (`ReliabilityState`) and across context-parallel ranks
@@ -24,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-SPENT = 1e-8  # reliability up to this is nothing
+SPENT = 1e-8  # reliability up to this counts as 0
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,7 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One answer to generate. `index` seeds the sampler together with `Sampling.seed`: it is the answer's place in
+    """One response to generate. `index` seeds the sampler together with `Sampling.seed`: it is the response's place in
     the global batch, so that neither layout nor the order of completion changes the tokens."""
 
     prompt: Prompt
@@ -43,18 +43,18 @@ class Request:
 
 @dataclass
 class Segment:
-    """Newly generated tokens of one running answer, as the watcher sees them."""
+    """Newly generated tokens of one running response, as the watcher sees them."""
 
     request: Request
     start: int  # response position of the first token
     tokens: Tensor  # [S] int64
     topk_ids: Tensor  # [S, K] int64
     topk_logprobs: Tensor  # [S, K] float32
-    finished: bool  # the answer ended in this segment (EOS or budget)
+    finished: bool  # the response ended in this segment (EOS or budget)
 
 
 # Called with the segments that became ready since the last call, identical on every rank; returns the indices of the
-# requests to stop. Segments of one answer arrive in order; the last one has finished=True.
+# requests to stop. Segments of one response arrive in order; the last one has finished=True.
 Watch = Callable[[list[Segment]], set[int]]
 
 
@@ -69,7 +69,7 @@ class RolloutEngine(ABC):
     ) -> list[Rollout]:
         """Generates one response per request; see the module's docstring.
 
-        With `watch`, running answers are shown to it every `segment` tokens and the ones it names stop there
+        With `watch`, running responses are shown to it every `segment` tokens and the ones it names stop there
         (end_reason "drift"), their place going to the next waiting request.
         """
 

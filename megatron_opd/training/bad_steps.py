@@ -13,12 +13,12 @@ from megatron_opd.types import ScoredBatch
 def dump_bad_step(run_dir: str, step: int, reason: str, batch: ScoredBatch) -> Path:
     """Writes RUN/bad_steps/step_N.pt; `torch.load` reads it with weights_only=True. Raises OSError.
 
-    A dict of the reason, the loss's denominator, and per answer the prompt, the rollout, the teacher's scores and the
+    A dict of the reason, the loss's denominator, and per response the prompt, the rollout, the teacher's scores and the
     prune weights, as in `types.py`.
     """
-    answers: list[dict[str, Any]] = []
+    responses: list[dict[str, Any]] = []
     for number, (rollout, scores) in enumerate(zip(batch.rollouts, batch.scores, strict=True)):
-        answers.append(
+        responses.append(
             {
                 "prompt_uid": rollout.prompt.uid,
                 "prompt": rollout.prompt.text,
@@ -41,5 +41,5 @@ def dump_bad_step(run_dir: str, step: int, reason: str, batch: ScoredBatch) -> P
         )
     path = Path(run_dir, "bad_steps", f"step_{step:06d}.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"step": step, "reason": reason, "response_tokens": batch.response_tokens, "answers": answers}, path)
+    torch.save({"step": step, "reason": reason, "response_tokens": batch.response_tokens, "responses": responses}, path)
     return path

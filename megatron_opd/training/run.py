@@ -137,7 +137,7 @@ class Run:
         self.say(f"step {self.step} skipped: {reason}{where}")
 
     def draw_requests(self) -> list[Request]:
-        """The next step's prompts, each as often as it is to be answered, in prompt-major order."""
+        """The next step's prompts, each once for every response that it is to get, in prompt-major order."""
         settings = self.config.train
         prompts, copies = self.loader.next_batch(settings.prompts_per_step), settings.responses_per_prompt
         return [Request(prompt, i * copies + j) for i, prompt in enumerate(prompts) for j in range(copies)]

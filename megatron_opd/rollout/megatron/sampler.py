@@ -1,6 +1,6 @@
 """Sampling from vocab-parallel logits: the same seed gives the same tokens on any layout.
 
-Each (seed, answer index, position) has one uniform number, from a hash; the token is where the cumulative probability
+Each (seed, response index, position) has one uniform number, from a hash; the token is where the cumulative probability
 in id order passes it. Ranks exchange one summary of their shards and one result; whole logits travel only for top-p
 and top-k, whose filters need an order over the vocabulary.
 """
@@ -52,7 +52,7 @@ def sample(
 
     Args:
         logits: [B, vocab / tp], this rank's shard; ids from `vocab_size` on are padding.
-        index, position: [B] int64, the answer's index and the token's place in the response.
+        index, position: [B] int64, the response's index and the token's place in the response.
     """
     size = group.size() if group is not None else 1
     rank = group.rank() if group is not None else 0
