@@ -46,7 +46,9 @@ def share_responses(
     return found
 
 
-def share_fields(items: Sequence[tuple[Key, Fields]], owner: bool, device: torch.device) -> dict[Key, Fields]:
+def share_fields(
+    items: Sequence[tuple[Key, Fields]], owner: bool, device: torch.device, group: dist.ProcessGroup | None = None
+) -> dict[Key, Fields]:
     """Every rank gets every owner's items: {key: {field: tensor}}.
 
     Fields of one name are concatenated along dimension 0, so an owner's part travels as one broadcast per field;
@@ -55,13 +57,14 @@ def share_fields(items: Sequence[tuple[Key, Fields]], owner: bool, device: torch
     Args:
         items: this rank's (key, fields), ignored where not `owner`. All items have the same fields.
         owner: whether this rank's items count; exactly one rank must own each key.
+        device: where `group` (None: the world) communicates; results are on the CPU.
     """
-    world = dist.get_world_size()
+    world = dist.get_world_size(group)
     mine: list[tuple[Key, dict[str, tuple[tuple[int, ...], str]]]] | None = None
     if owner:
         mine = [(k, {n: (tuple(t.shape), str(t.dtype)) for n, t in f.items()}) for k, f in items]
     headers: list[list | None] = [None] * world
-    dist.all_gather_object(headers, mine)
+    dist.all_gather_object(headers, mine, group=group)
     found: dict[Key, Fields] = {}
     for rank, header in enumerate(headers):
         if not header:
@@ -72,13 +75,13 @@ def share_fields(items: Sequence[tuple[Key, Fields]], owner: bool, device: torch
             shapes = [h[1][name][0] for h in header]
             dtype = getattr(torch, header[0][1][name][1].removeprefix("torch."))
             wire = torch.int32 if dtype == torch.int64 else torch.uint8 if dtype == torch.bool else dtype
-            if rank == dist.get_rank():
+            if rank == dist.get_rank(group):
                 flat = torch.cat([f[name] for _, f in items]).to(device, wire).contiguous()
             else:
                 total = sum(s[0] for s in shapes)
                 flat = torch.empty((total, *shapes[0][1:]), dtype=wire, device=device)
             if world > 1 and flat.numel():
-                dist.broadcast(flat, rank)
+                dist.broadcast(flat, group=group, group_src=rank)
             parts[name] = flat.to("cpu", dtype).split([s[0] for s in shapes])
         for i, (key, _) in enumerate(header):
             found[key] = {name: parts[name][i] for name in names}

@@ -27,20 +27,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.compat.vllm_logprobs import forget_logprobs
 from megatron_opd.config import ConfigError, RolloutConfig
 from megatron_opd.parallel.collective import all_gather, everywhere, from_rank_0
-from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Watch
 from megatron_opd.rollout.vllm.common import (
     CONTROL_TIMEOUT,
     END_REASONS,
-    Answer,
     RolloutError,
     agreeing_probe,
     check_requests,
-    due_segments,
     request_seed,
     sampling_arguments,
 )
+from megatron_opd.rollout.vllm.responses import Response, due_segments, share_rollouts, share_segments
 from megatron_opd.types import Rollout
 
 _T = TypeVar("_T")
@@ -83,17 +83,14 @@ class VllmColocateEngine(RolloutEngine):
             raise RolloutError("no parameters were handed over to vLLM; call update_parameters first")
         check_requests(requests, sampling, self.max_model_len)
         by_index = {request.index: request for request in requests}
-        answers = {str(r.index): Answer(r, sampling.top_logprobs) for r in self._share(requests)}
-        self._everywhere(lambda: self._submit(answers, sampling))
+        responses = {str(r.index): Response(r, sampling.top_logprobs) for r in self._share(requests)}
+        self._everywhere(lambda: self._submit(responses, sampling))
         if watch is None:
-            self._everywhere(lambda: self._run(answers, None))
+            self._everywhere(lambda: self._run(responses, None))
         else:
-            self._watched(answers, by_index, watch, segment)
-        parts = self._gather([answer.rollout(self.policy_version) for answer in answers.values()])
-        rollouts = [rollout for part in parts for rollout in part]  # engines hold consecutive requests
-        for rollout in rollouts:
-            rollout.prompt = by_index[rollout.index].prompt
-        return rollouts
+            self._watched(responses, by_index, watch, segment)
+        # Engines hold consecutive requests: their responses, one engine's behind the other's, are in order.
+        return share_rollouts(responses.values(), self._owner, by_index, self.policy_version, self.group)
 
     def update_parameters(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
         """Takes the parameters in place, one layer in flight at a time. A tensor must stay as it is until the producer
@@ -210,8 +207,13 @@ class VllmColocateEngine(RolloutEngine):
         finally:
             ExecutorWithExternalLauncher._distributed_args = original
 
+    @property
+    def _owner(self) -> bool:
+        """Whether this rank speaks for its engine; the engine's other ranks hold the same responses."""
+        return self.rank % self.config.tensor == 0
+
     def _share(self, requests: Sequence[Request]) -> Sequence[Request]:
-        """This engine's part: consecutive requests, so that a prompt's answers share its prefix in the cache."""
+        """This engine's part: consecutive requests, so that a prompt's responses share its prefix in the cache."""
         engine, count = self.rank // self.config.tensor, len(requests)
         return requests[count * engine // self.engines : count * (engine + 1) // self.engines]
 
@@ -219,59 +221,60 @@ class VllmColocateEngine(RolloutEngine):
         (prompt,) = self._llm.renderer.render_cmpl([{"prompt_token_ids": tokens}])
         self._llm.add_request(name, prompt, params)
 
-    def _submit(self, answers: dict[str, Answer], sampling: Sampling) -> None:
+    def _submit(self, responses: dict[str, Response], sampling: Sampling) -> None:
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
 
-        for name, answer in answers.items():
-            seed = request_seed(sampling.seed, answer.request.index)
+        for name, response in responses.items():
+            seed = request_seed(sampling.seed, response.request.index)
             params = SamplingParams(
                 **sampling_arguments(sampling, seed, self.eos_ids),
                 flat_logprobs=True,
                 output_kind=RequestOutputKind.DELTA,
             )
-            self._add(name, answer.request.prompt.tokens, params)
+            self._add(name, response.request.prompt.tokens, params)
 
-    def _step(self, answers: dict[str, Answer]) -> None:
+    def _step(self, responses: dict[str, Response]) -> None:
         for output in self._llm.step():
-            answer, part = answers[output.request_id], output.outputs[0]
+            response, part = responses[output.request_id], output.outputs[0]
             table = part.logprobs
             for i, token in enumerate(part.token_ids):
                 start, stop = table.start_indices[i], table.end_indices[i]  # the sampled token, then the candidates
                 ids, logprobs = table.token_ids[start + 1 : stop], table.logprobs[start + 1 : stop]
-                answer.append(token, table.logprobs[start], ids, logprobs)
+                response.append(token, table.logprobs[start], ids, logprobs)
+            forget_logprobs(self._llm, output.request_id)
             if part.finish_reason is not None:
                 if part.finish_reason not in END_REASONS:
-                    raise RolloutError(f"vLLM ended answer {output.request_id} with {part.finish_reason!r}")
-                answer.end = END_REASONS[part.finish_reason]
+                    raise RolloutError(f"vLLM ended response {output.request_id} with {part.finish_reason!r}")
+                response.finish(END_REASONS[part.finish_reason])
 
-    def _run(self, answers: dict[str, Answer], segment: int | None) -> None:
-        """Steps the engine until all is generated; with `segment`, until the answers in generation have one more
-        segment each. Answers that started a few steps later (prompts are computed in turns) may catch up."""
+    def _run(self, responses: dict[str, Response], segment: int | None) -> None:
+        """Steps the engine until all is generated; with `segment`, until the responses in generation have one more
+        segment each. Responses that started a few steps later (prompts are computed in turns) may catch up."""
         steps = 0
         while self._llm.has_unfinished_requests():
             if segment is not None and steps >= segment:
                 grace = segment // 8 - (steps - segment)
-                started = [a for a in answers.values() if a.tokens and a.end is None]
-                if not any(0 < a.missing(segment) <= grace for a in started):
+                started = [r for r in responses.values() if r.tokens and r.end is None]
+                if not any(0 < r.missing(segment) <= grace for r in started):
                     return
-            self._step(answers)
+            self._step(responses)
             steps += 1
 
-    def _watched(self, answers: dict[str, Answer], by_index: dict[int, Request], watch: Watch, segment: int) -> None:
+    def _watched(
+        self, responses: dict[str, Response], by_index: dict[int, Request], watch: Watch, segment: int
+    ) -> None:
         while True:
-            self._everywhere(lambda: self._run(answers, segment))
-            ready = due_segments(answers.values(), segment)
-            parts = self._gather((ready, any(not answer.seen_end for answer in answers.values())))
-            segments: list[Segment] = [part for segments, _ in parts for part in segments]
-            for part in segments:
-                part.request = by_index[part.request.index]  # the caller's own object, not a copy
+            self._everywhere(lambda: self._run(responses, segment))
+            segments = share_segments(due_segments(responses.values(), segment), self._owner, by_index, self.group)
+            unseen = self._gather(any(not response.seen_end for response in responses.values()))
             if segments:
-                stopped = sorted({str(index) for index in watch(segments)} & answers.keys())  # equal order on all ranks
-                self._llm.abort_request([name for name in stopped if answers[name].end is None])
+                # In the same order on all ranks of an engine:
+                stopped = sorted({str(index) for index in watch(segments)} & responses.keys())
+                self._llm.abort_request([name for name in stopped if responses[name].end is None])
                 for name in stopped:
-                    answers[name].stop()
-            if not any(unseen for _, unseen in parts):
+                    responses[name].stop()
+            if not any(unseen):
                 return
 
     def _everywhere(self, work: Callable[[], _T]) -> _T:
@@ -287,8 +290,7 @@ class VllmColocateEngine(RolloutEngine):
 
     def _gather(self, value: _T) -> list[_T]:
         """One value per engine, from its first rank; the other ranks of an engine hold the same."""
-        first = self.rank % self.config.tensor == 0
-        values: list[Any] = all_gather(value if first else None, self.group)
+        values: list[Any] = all_gather(value if self._owner else None, self.group)
         return values[:: self.config.tensor]
 
 

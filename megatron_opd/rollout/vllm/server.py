@@ -30,20 +30,19 @@ from torch import Tensor
 
 from megatron_opd.config import ConfigError, RolloutConfig
 from megatron_opd.parallel.collective import on_rank_0
-from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Watch
+from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
 from megatron_opd.rollout.vllm.client import Pool, Replica, ReplicaError, backoff_s
 from megatron_opd.rollout.vllm.common import (
     CONTROL_TIMEOUT,
     END_REASONS,
-    Answer,
     RolloutError,
     agreeing_probe,
     check_requests,
-    due_segments,
     request_seed,
     sampling_arguments,
 )
 from megatron_opd.rollout.vllm.files import TransferFiles
+from megatron_opd.rollout.vllm.responses import Response, due_segments, share_rollouts, share_segments
 from megatron_opd.types import Rollout
 
 logger = logging.getLogger(__name__)
@@ -85,24 +84,19 @@ class VllmServerEngine(RolloutEngine):
         by_index = {request.index: request for request in requests}
         run: _Run | None = None
         if self.first:
-            run = _Run(self, [Answer(request, sampling.top_logprobs) for request in requests], sampling)
+            run = _Run(self, [Response(request, sampling.top_logprobs) for request in requests], sampling)
         try:
             if watch is None:
                 self._on_first(lambda: run.finish() if run else None)
             else:
-                while segments := self._on_first(lambda: run.next_segments(segment) if run else None):
-                    for part in segments:
-                        part.request = by_index[part.request.index]  # the caller's own object, not a copy
+                while segments := self._next_segments(run, segment, by_index):
                     stopped = watch(segments)
                     if run:
                         run.stop(stopped)
-            rollouts = self._on_first(lambda: run.rollouts(self.policy_version) if run else None)
         finally:
             if run:
                 run.close()
-        for rollout in rollouts:
-            rollout.prompt = by_index[rollout.index].prompt
-        return rollouts
+        return share_rollouts(run.responses if run else (), self.first, by_index, self.policy_version, self.group)
 
     def update_parameters(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
         """Hands the parameters to every server. Raises RolloutError on every rank where no server took them."""
@@ -220,49 +214,51 @@ class VllmServerEngine(RolloutEngine):
         for replica in self.pool.live:
             replica.end_update(self.tag(version))
 
+    def _next_segments(self, run: _Run | None, segment: int, by_index: dict[int, Request]) -> list[Segment]:
+        """What `_Run.next_segments` returns on rank 0, on every rank."""
+        ready: list[Segment] = []
+        self._on_first(lambda: ready.extend(run.next_segments(segment)) if run else None)
+        return share_segments(ready, self.first, by_index, self.group)
+
     def _on_first(self, work: Callable[[], Any]) -> Any:
         """Runs `work` on rank 0 and returns its result on every rank; its errors are raised on every rank."""
         return on_rank_0(work, self.group, otherwise=RolloutError)
 
 
 class _Run:
-    """One call of `generate` on rank 0: threads fill the answers, the caller looks at them."""
+    """One call of `generate` on rank 0: threads fill the responses, the caller looks at them."""
 
-    def __init__(self, engine: VllmServerEngine, answers: list[Answer], sampling: Sampling):
-        self.engine, self.answers, self.sampling = engine, answers, sampling
+    def __init__(self, engine: VllmServerEngine, responses: list[Response], sampling: Sampling):
+        self.engine, self.responses, self.sampling = engine, responses, sampling
         self.version = engine.policy_version
         self.lock = threading.Lock()
         self.closed = threading.Event()
-        workers = max(1, min(len(answers), len(engine.pool.replicas) * engine.config.max_batch))
+        workers = max(1, min(len(responses), len(engine.pool.replicas) * engine.config.max_batch))
         self.executor = ThreadPoolExecutor(workers, thread_name_prefix="rollout")
-        self.futures: list[Future[None]] = [self.executor.submit(self._generate, answer) for answer in answers]
+        self.futures: list[Future[None]] = [self.executor.submit(self._generate, response) for response in responses]
 
     def finish(self) -> None:
-        """Waits for all answers; raises the first error."""
+        """Waits for all responses; raises the first error."""
         wait(self.futures, return_when=FIRST_EXCEPTION)
         self._raise_errors()
 
-    def next_segments(self, segment: int) -> list[Any]:
+    def next_segments(self, segment: int) -> list[Segment]:
         """Waits for new segments; an empty list once the watcher has seen all."""
         while True:
             with self.lock:
-                segments = due_segments(self.answers, segment)
-                if segments or all(answer.seen_end for answer in self.answers):
+                segments = due_segments(self.responses, segment)
+                if segments or all(response.seen_end for response in self.responses):
                     return segments
             self._raise_errors()
             self.closed.wait(POLL_S)
 
     def stop(self, indices: Iterable[int]) -> None:
-        """Ends the answers with these indices behind their last segment."""
+        """Ends the responses with these indices behind their last segment."""
         stopped = set(indices)
         with self.lock:
-            for answer in self.answers:
-                if answer.request.index in stopped:
-                    answer.stop()
-
-    def rollouts(self, version: int) -> list[Rollout]:
-        """The finished answers, in the order of the requests."""
-        return [answer.rollout(version) for answer in self.answers]
+            for response in self.responses:
+                if response.request.index in stopped:
+                    response.stop()
 
     def close(self) -> None:
         """Ends what is still running."""
@@ -275,21 +271,21 @@ class _Run:
                 self.closed.set()
                 raise error
 
-    def _generate(self, answer: Answer) -> None:
-        """Brings one answer to its end, on one replica after the other if need be."""
+    def _generate(self, response: Response) -> None:
+        """Brings one response to its end, on one replica after the other if need be."""
         pool, retries = self.engine.pool, self.engine.config.server_retries
         failures = 0
         failed: Counter[Replica] = Counter()
-        while not self._done(answer):
+        while not self._done(response):
             replica = pool.acquire(lambda replica: self.engine.restore(replica, self.version), failed)
             if replica is not None:
                 succeeded = False
                 try:
-                    self._stream(replica, answer)
+                    self._stream(replica, response)
                     succeeded = True
                     continue
                 except ReplicaError as error:
-                    logger.warning("%s: %s; answer %d goes elsewhere", replica.url, error, answer.request.index)
+                    logger.warning("%s: %s; response %d goes elsewhere", replica.url, error, response.request.index)
                     pool.mark_down(replica, error)
                     failed[replica] += 1
                 finally:
@@ -298,52 +294,53 @@ class _Run:
             if failures > retries:
                 left = "" if pool.live else "no vLLM server is left; "
                 raise RolloutError(
-                    f"answer {answer.request.index} failed {failures} times (rollout.server_retries: {retries}); "
+                    f"response {response.request.index} failed {failures} times (rollout.server_retries: {retries}); "
                     + left
                     + pool.describe()
                 )
             self.closed.wait(backoff_s(failures))
 
-    def _done(self, answer: Answer) -> bool:
-        return answer.end is not None or self.closed.is_set()
+    def _done(self, response: Response) -> bool:
+        return response.end is not None or self.closed.is_set()
 
-    def _stream(self, replica: Replica, answer: Answer) -> None:
-        """Streams the answer from its beginning; tokens that a dead replica has left are compared."""
-        pinned = answer.pinned
+    def _stream(self, replica: Replica, response: Response) -> None:
+        """Streams the response from its beginning; tokens that a dead replica has left are compared."""
+        pinned = response.pinned
         arguments = sampling_arguments(
-            self.sampling, request_seed(self.sampling.seed, answer.request.index, pinned), self.engine.eos_ids
+            self.sampling, request_seed(self.sampling.seed, response.request.index, pinned), self.engine.eos_ids
         )
         arguments["max_tokens"] -= pinned
-        body = {"token_ids": answer.request.prompt.tokens + answer.tokens[:pinned], "sampling_params": arguments}
+        tokens = [*response.request.prompt.tokens, *response.tokens[:pinned]]
+        body = {"token_ids": tokens, "sampling_params": arguments}
         position = pinned
         with closing(replica.stream(body, self.engine.tag(self.version))) as choices:
             for choice in choices:
                 reason = choice["finish_reason"]
                 if reason is not None and reason not in END_REASONS:
-                    raise ReplicaError(f"ended an answer with {reason!r}")
+                    raise ReplicaError(f"ended a response with {reason!r}")
                 with self.lock:
-                    if self._done(answer):
+                    if self._done(response):
                         return
                     for row in choice["logprobs"]["content"] if choice["token_ids"] else ():
-                        if not _place(answer, position, row):
-                            answer.pinned = answer.shown
+                        if not _place(response, position, row):
+                            response.pinned = response.shown
                             return
                         position += 1
                     if reason is not None:
-                        answer.truncate(position)
-                        answer.end = END_REASONS[reason]
+                        response.truncate(position)
+                        response.finish(END_REASONS[reason])
 
 
-def _place(answer: Answer, position: int, row: dict[str, Any]) -> bool:
+def _place(response: Response, position: int, row: dict[str, Any]) -> bool:
     """Puts a token at its position; False where the watcher has seen another one there."""
     token = row["token_id"]
-    if position < len(answer.tokens):
-        if answer.tokens[position] == token:
+    if position < len(response.tokens):
+        if response.tokens[position] == token:
             return True
-        if position < answer.shown:
-            answer.truncate(answer.shown)
+        if position < response.shown:
+            response.truncate(response.shown)
             return False
-        answer.truncate(position)
+        response.truncate(position)
     top: Sequence[dict[str, Any]] = row["top_logprobs"]
-    answer.append(token, row["logprob"], [c["token_id"] for c in top], [c["logprob"] for c in top])
+    response.append(token, row["logprob"], [c["token_id"] for c in top], [c["logprob"] for c in top])
     return True

@@ -18,12 +18,10 @@ import torch
 from megatron_opd.config import RolloutConfig
 from megatron_opd.rollout.base import Sampling
 from megatron_opd.rollout.vllm.common import (
-    Answer,
     RolloutError,
     agreeing_probe,
     buckets,
     request_seed,
-    top_candidates,
 )
 from megatron_opd.rollout.vllm.files import TransferFiles
 from megatron_opd.rollout.vllm.server import VllmServerEngine
@@ -276,23 +274,6 @@ def test_gpu_transfers_are_refused_without_a_gpu():
     config = RolloutConfig(engine="vllm", mode="server", servers=["http://127.0.0.1:9"], transfer="nccl")
     with pytest.raises(ValueError, match="rollout.transfer: nccl needs GPUs"):
         VllmServerEngine(config, {EOS}, 128)
-
-
-def test_candidates_are_the_most_likely_with_ties_to_the_lowest_id():
-    ids = torch.tensor([[9, 4, 7, 2, 8]])
-    logprobs = torch.tensor([[-2.0, -1.0, -2.0, -2.0, -3.0]])
-    top, values = top_candidates(ids, logprobs, 3)
-    assert top.tolist() == [[4, 2, 7]] and values.tolist() == [[-1.0, -2.0, -2.0]]
-
-
-def test_a_sampled_token_outside_the_top_is_not_a_candidate():
-    answer = Answer(requests(1)[0], 2)
-    answer.append(30, -9.0, [30, 5, 6], [-9.0, -0.5, -1.0])
-    answer.append(5, -0.5, [5, 6, 8], [-0.5, -1.0, -2.0])
-    answer.end = "length"
-    rollout = answer.rollout(3)
-    assert rollout.topk_ids.tolist() == [[5, 6], [5, 6]]
-    assert rollout.logprobs.tolist() == [-9.0, -0.5] and rollout.policy_version == 3
 
 
 def test_buckets_are_copies_of_bounded_size():

@@ -75,7 +75,14 @@ def one_rank(rank, world_size, paths):
     result["no_candidates"] = tuple(engine.generate(requests(1), Sampling(4))[0].topk_ids.shape)
 
     watcher = Watcher()
-    result["watched"] = texts(engine.generate(requests(10), SAMPLING, watcher, 8))
+    result["kept_logprobs"] = []
+
+    def watch(segments):
+        states = engine._llm.output_processor.request_states.values()
+        result["kept_logprobs"] += [len(state.logprobs_processor.logprobs) for state in states]
+        return watcher(segments)
+
+    result["watched"] = texts(engine.generate(requests(10), SAMPLING, watch, 8))
     result["watched_seen"] = [watcher.seen[i] for i in range(10)]
     result["watched_ended"] = watcher.ended
     watcher = Watcher(set(range(0, 10, 2)), 16)
@@ -153,6 +160,10 @@ def test_a_watcher_that_stops_nothing_changes_nothing(single):
     assert single["watched"] == single["first"]
     assert single["watched_seen"] == [tokens for tokens, _ in single["first"]]
     assert single["watched_ended"] == set(range(10))
+
+
+def test_vllm_keeps_no_logprobs_beside_ours(single):
+    assert len(single["kept_logprobs"]) > 10 and not any(single["kept_logprobs"])
 
 
 def test_watched_answers_stop_behind_their_segment(single):
