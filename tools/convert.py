@@ -45,6 +45,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     layout = Parser(add_help=False)
     layout.add_argument("--tp", type=int, default=1, metavar="N", help="tensor-parallel size (default 1)")
     layout.add_argument("--pp", type=int, default=1, metavar="N", help="pipeline-parallel size (default 1)")
+    layout.add_argument("--family", metavar="MODULE:NAME", help="architecture of your own, as student.family")
     pickled = Parser(add_help=False)
     pickled.add_argument(
         "--allow-pickle",

@@ -32,6 +32,7 @@ from megatron_opd.weights.converted import (
     save_converted,
 )
 from megatron_opd.weights.export import planned_tensors, save_hf
+from megatron_opd.weights.families import own_family
 from megatron_opd.weights.hf_files import EMBEDDING, HEAD, HFTensors, ModelFileError, parse_size
 from megatron_opd.weights.loading import check_names, load_hf
 from megatron_opd.weights.parameters import hf_names
@@ -50,7 +51,7 @@ def import_(args: argparse.Namespace) -> int:
     with together():
         if is_converted(args.hf):
             raise ModelFileError(f"{args.hf}: already converted; use it as it is, or give the Hugging Face directory")
-        config = read_hf_config(args.hf)
+        config = read_hf_config(args.hf, own_family("--family", args.family))
         check_free(args.out)
         with HFTensors(args.hf, args.allow_pickle) as files:
             precision, notes = plan_import(files, args.dtype, tied=bool(config.tie_word_embeddings))
@@ -75,7 +76,7 @@ def export_(args: argparse.Namespace) -> int:
         except ValueError as error:
             raise ConfigError(f"--max-shard-size: {error}") from error
         manifest = read_manifest(args.megatron)
-        read_hf_config(args.megatron)
+        read_hf_config(args.megatron, own_family("--family", args.family))
         check_free(args.out)
     meter = Meter()
     precision = next(name for name, dtype in PRECISIONS.items() if str(dtype) == f"torch.{manifest['dtype']}")
@@ -104,7 +105,8 @@ def verify_(args: argparse.Namespace) -> int:
     tolerance = DEFAULT_TOLERANCE[args.dtype] if args.tolerance is None else args.tolerance
     with together():
         stored = getattr(torch, read_manifest(args.megatron)["dtype"]) if is_converted(args.megatron) else None
-        vocabularies = [read_hf_config(directory).vocab_size for directory in (args.hf, args.megatron)]
+        family = own_family("--family", args.family)
+        vocabularies = [read_hf_config(directory, family).vocab_size for directory in (args.hf, args.megatron)]
         if vocabularies[0] != vocabularies[1]:
             raise ModelFileError(f"{args.hf} has {vocabularies[0]} tokens, {args.megatron} {vocabularies[1]}")
         texts = make_texts(args, vocabularies[0])
@@ -217,7 +219,7 @@ def build(args: argparse.Namespace, directory: Path, precision: str, load: bool 
     parallel = ParallelConfig(tensor=args.tp, pipeline=args.pp)
     pickled = getattr(args, "allow_pickle", False)
     with together():
-        keys: dict[str, Any] = {"precision": precision, "allow_pickle": pickled}
+        keys: dict[str, Any] = {"precision": precision, "allow_pickle": pickled, "family": args.family}
         config = ModelConfig(model=str(directory), parallel=parallel, **keys)
         return build_model("convert", config, teacher_layout(parallel), torch.device("cpu"), load=load)
 

@@ -21,6 +21,8 @@ from megatron_opd.checkpoint.directory import Found
 from megatron_opd.checkpoint.rng import rng_state, set_rng_state
 from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, parameter_entries, set_adam_step
 from megatron_opd.checkpoint.writer import ShardWriter
+from megatron_opd.compat.dist_checkpointing import METADATA
+from megatron_opd.compat.megatron import restart_scheduler
 from megatron_opd.config import Config
 from megatron_opd.errors import RepeatingError, describe
 from megatron_opd.models.model import Model
@@ -276,7 +278,7 @@ class Checkpointer:
             try:
                 state = json.loads((path / directory.STATE).read_text(encoding="utf-8"))
                 for part in (directory.PARAMETERS, directory.OPTIMIZER):
-                    (path / part / ".metadata").read_bytes()
+                    (path / part / METADATA).read_bytes()
             except (OSError, ValueError) as error:
                 raise CheckpointError(f"{path}: {error}") from error
         load_converted(student, path)
@@ -287,8 +289,7 @@ class Checkpointer:
             except Exception as error:  # many kinds, from Megatron-Core, torch and pickle
                 raise CheckpointError(f"{directory.OPTIMIZER}/ cannot be loaded: {root_cause(error)}") from error
         set_adam_step(optimizer, state["adam_step"])
-        self.trainer.scheduler.num_steps = 0
-        self.trainer.scheduler.load_state_dict(state["scheduler"])
+        restart_scheduler(self.trainer.scheduler, state["scheduler"])
         rng = state["rng"]
         set_rng_state(rng[dist.get_rank()] if len(rng) == dist.get_world_size() else rng[0])
         return state["loop"]

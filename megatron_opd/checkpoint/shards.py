@@ -16,14 +16,14 @@ from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.optimizer import MegatronOptimizer
 from torch import Tensor
 
+from megatron_opd.compat.dist_checkpointing import Entries
+from megatron_opd.compat.megatron import base_optimizers, is_distributed, updated_tensor
 from megatron_opd.models.model import Model
 from megatron_opd.weights.converted import checkpoint_key, shard_parts, sharded_entries
 from megatron_opd.weights.parameters import WHOLE, Parameter, local_parameters, tensor_group
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
 MAIN = "main"  # the fp32 copy of a parameter of lower precision
-
-Entries = dict[str, ShardedTensor]
 
 
 def parameter_entries(student: Model) -> Entries:
@@ -35,13 +35,13 @@ def optimizer_entries(student: Model, optimizer: MegatronOptimizer, loading: boo
     """The optimizer's tensors; when loading, those to fill. They are made where the optimizer has not run yet."""
     described = local_parameters(student)
     trained = [parameter for chunk in student.chunks for parameter in chunk.parameters()]
-    holders = base_optimizers(optimizer)
-    for holder in holders:
-        _make_state(holder.optimizer)
+    optimizers = base_optimizers(optimizer)
+    for one in optimizers:
+        _make_state(one.optimizer)
     shaped: dict[str, list[tuple[Parameter, Tensor]]] = {}
     flat: Entries = {}
     for (parameter, _), tensor in zip(described, trained, strict=True):
-        slot = _find(holders, tensor)
+        slot = _find_slot(optimizers, tensor)
         for kind, state in slot.tensors.items():
             if slot.start is None:
                 shaped.setdefault(kind, []).append((replace(parameter, dtype=state.dtype), state))
@@ -49,39 +49,33 @@ def optimizer_entries(student: Model, optimizer: MegatronOptimizer, loading: boo
                 flat |= _flat_entries(kind, parameter, state, slot.start, student)
     entries: Entries = {}
     for kind, parameters in shaped.items():
-        found = sharded_entries(parameters, student, loading)
-        entries |= {f"{kind}/{name}": replace(entry, key=f"{kind}/{entry.key}") for name, entry in found.items()}
+        sharded = sharded_entries(parameters, student, loading)
+        entries |= {f"{kind}/{name}": replace(entry, key=f"{kind}/{entry.key}") for name, entry in sharded.items()}
     return flat | (entries if loading else _spread(entries, student))
-
-
-def base_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
-    """Megatron-Core's optimizers inside a chained one (dense parameters, experts) that hold parameters here."""
-    holders = getattr(optimizer, "chained_optimizers", [optimizer])
-    return [holder for holder in holders if holder.optimizer is not None]
 
 
 def get_adam_step(optimizer: MegatronOptimizer) -> int:
     """Updates that Adam has made; it corrects its moments' bias by this number."""
-    for holder in base_optimizers(optimizer):
-        for group in holder.optimizer.param_groups:
+    for one in base_optimizers(optimizer):
+        for group in one.optimizer.param_groups:
             if group.get("step"):
                 return int(group["step"])  # Transformer Engine and Apex count per group, torch per parameter
             for parameter in group["params"]:
-                if "step" in holder.optimizer.state.get(parameter, {}):
-                    return int(holder.optimizer.state[parameter]["step"])
+                if "step" in one.optimizer.state.get(parameter, {}):
+                    return int(one.optimizer.state[parameter]["step"])
     return 0
 
 
 def set_adam_step(optimizer: MegatronOptimizer, step: int) -> None:
-    for holder in base_optimizers(optimizer):
-        counts_per_parameter = isinstance(holder.optimizer, torch.optim.Adam)
-        for group in holder.optimizer.param_groups:
+    for one in base_optimizers(optimizer):
+        counts_per_parameter = isinstance(one.optimizer, torch.optim.Adam)
+        for group in one.optimizer.param_groups:
             if not counts_per_parameter:
                 group["step"] = step
                 continue
             for parameter in group["params"]:
                 if parameter.numel():
-                    holder.optimizer.state[parameter]["step"].fill_(step)
+                    one.optimizer.state[parameter]["step"].fill_(step)
 
 
 @dataclass
@@ -92,26 +86,19 @@ class _Slot:
     start: int | None  # where the flat range starts in the local parameter; None: they have its shape
 
 
-def _find(holders: list[MegatronOptimizer], parameter: Tensor) -> _Slot:
-    for holder in holders:
-        places = getattr(holder, "model_param_group_index_map", None)  # of a distributed optimizer
-        start = None
-        if places is None:
-            main = getattr(parameter, "main_param", parameter)
-        elif parameter in places:
-            group, number = places[parameter]
-            main = holder.optimizer.param_groups[group]["params"][number]
-            start = holder._get_model_param_range_map(parameter)["param"].start
-        else:
+def _find_slot(optimizers: list[MegatronOptimizer], parameter: Tensor) -> _Slot:
+    for optimizer in optimizers:
+        updated = updated_tensor(optimizer, parameter)
+        if updated is None:
             continue
-        if main.numel() == 0:
-            return _Slot({}, start)
-        if main in holder.optimizer.state:
-            tensors = {kind: holder.optimizer.state[main][kind] for kind in MOMENTS}
+        if updated.tensor.numel() == 0:
+            return _Slot({}, updated.start)
+        if updated.tensor in optimizer.optimizer.state:
+            tensors = {kind: optimizer.optimizer.state[updated.tensor][kind] for kind in MOMENTS}
             if parameter.dtype != torch.float32:
-                tensors[MAIN] = main.detach()
-            return _Slot(tensors, start)
-    if any(hasattr(holder, "model_param_group_index_map") for holder in holders):
+                tensors[MAIN] = updated.tensor.detach()
+            return _Slot(tensors, updated.start)
+    if any(is_distributed(optimizer) for optimizer in optimizers):
         return _Slot({}, 0)  # another data-parallel rank holds all of it
     raise RuntimeError(f"no optimizer holds the parameter of shape {tuple(parameter.shape)}")
 
@@ -140,14 +127,14 @@ def _flat_entries(kind: str, parameter: Parameter, flat: Tensor, start: int, stu
         for row, column, shape in _rectangles(low - first, high - first, part.shape):
             begin = first + row * (part[0].numel() if part.dim() > 1 else 1) + column - start
             data = flat[begin : begin + torch.Size(shape).numel()].view(shape)
-            place = (offsets[0] + row, *((offsets[1] + column,) if part.dim() > 1 else ()))
-            entries[f"{kind}/{parameter.name}/{place}"] = ShardedTensor(
+            offset = (offsets[0] + row, *((offsets[1] + column,) if part.dim() > 1 else ()))
+            entries[f"{kind}/{parameter.name}/{offset}"] = ShardedTensor(
                 key=key,
                 data=data,
                 dtype=data.dtype,
                 local_shape=shape,
                 global_shape=whole,
-                global_offset=place,
+                global_offset=offset,
                 axis_fragmentations=None,
                 # Each data-parallel rank holds a range of its own.
                 replica_id=(0, group.rank() if parameter.split == WHOLE else 0, 0),

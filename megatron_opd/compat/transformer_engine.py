@@ -6,10 +6,17 @@ import importlib
 from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, distribution, requires
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from megatron_opd.compat.versions import VersionError, check_versions, installed, within
 
+if TYPE_CHECKING:
+    import torch
+
 _RECORD = "compiled_with_torch.txt"
+FP8_COPIES = "_fp8_workspaces"  # of its modules: FP8 copies of their parameters by name
+FUSED_GRADIENT = "fuse_wgrad_accumulation"  # of its linear layers
+INITIAL_VALUES = "get_high_precision_init_val"  # of its FP8 parameters, where it was asked to keep them
 
 
 def import_transformer_engine() -> None:
@@ -64,3 +71,22 @@ def record_torch() -> None:
     place = distribution("transformer-engine-torch").locate_file("")
     for directory in Path(str(place)).glob("transformer_engine_torch-*.dist-info"):
         (directory / _RECORD).write_text(f"{installed('torch')}\n", encoding="utf-8")
+
+
+def drop_fp8_copies(module: torch.nn.Module) -> None:
+    """Frees the FP8 copies of one module's parameters; the next pass makes them anew."""
+    getattr(module, FP8_COPIES, {}).clear()
+
+
+def fuse_gradient_accumulation(module: torch.nn.Module) -> bool:
+    """One of its linear layers adds its gradient to `main_grad` inside the product; False for any other module."""
+    if not hasattr(module, FUSED_GRADIENT):
+        return False
+    setattr(module, FUSED_GRADIENT, True)
+    return True
+
+
+def initial_values(parameter: torch.Tensor) -> torch.Tensor | None:
+    """The values, in high precision, that an FP8 parameter was made from, where it still keeps them."""
+    keeps = getattr(parameter, INITIAL_VALUES, None)
+    return keeps() if keeps is not None else None

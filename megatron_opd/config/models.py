@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, field_validator, model_validator
 
 from megatron_opd.config.base import FilePath, Positive, Section
+from megatron_opd.plugins import is_own
 
 
 class ParallelConfig(Section):
@@ -41,6 +42,9 @@ class ParallelConfig(Section):
 class ModelConfig(Section):
     model: FilePath
     """A Hugging Face directory, or one made by `tools/convert.py import`."""
+    family: str | None = None
+    """null: by config.json's model_type, one of llama, qwen2, qwen3 and qwen3_moe. MODULE:NAME: your own, a
+    megatron_opd.weights.families.Family."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
     """Layout of this model over all ranks; student and teacher may differ."""
     precision: Literal["fp32", "bf16"] = "bf16"
@@ -60,6 +64,13 @@ class ModelConfig(Section):
     """Activation recomputation in the backward pass."""
     allow_pickle: bool = False
     """Accept pickled weights (`pytorch_model.bin`). A pickle file can run any code on load."""
+
+    @field_validator("family")
+    @classmethod
+    def _own_family(cls, value: str | None) -> str | None:
+        if value is not None and not is_own(value):
+            raise ValueError("must be null (the family is that of config.json's model_type) or your own as MODULE:NAME")
+        return value
 
     @model_validator(mode="after")
     def _check(self) -> ModelConfig:

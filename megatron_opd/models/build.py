@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_cuda_manual_seed
 
+from megatron_opd.compat.gpt_model import build_chunk, set_rotary
 from megatron_opd.config import ConfigError, ModelConfig
 from megatron_opd.models.fp8 import shape_problems
 from megatron_opd.models.fp8_scales import learn_scales
@@ -18,6 +18,7 @@ from megatron_opd.models.packed import PackedRotary
 from megatron_opd.models.specs import block_spec, use_transformer_engine
 from megatron_opd.parallel.groups import Layout
 from megatron_opd.weights.bridge import load_bridge
+from megatron_opd.weights.families import own_family
 from megatron_opd.weights.loading import load_parameters
 from megatron_opd.weights.parameters import WHOLE, local_parameters
 
@@ -93,28 +94,27 @@ def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.dev
     if cpu:
         overrides["bias_activation_fusion"] = False  # compiled for every shape, by a C++ compiler
     overrides["apply_rope_fusion"] = transformer_engine  # the kernel takes packed rows as they are
-    bridge = load_bridge(model.model, dtype, groups, parallel.virtual_pipeline, overrides)
+    family = own_family(f"{name}.family", model.family)
+    bridge = load_bridge(model.model, dtype, groups, parallel.virtual_pipeline, overrides, family)
     config = bridge.config
     vocab_size = bridge.vocab_size
-    arguments = {k: v for k, v in bridge.gpt_args.items() if k != "vocab_size"}
+    arguments = bridge.gpt_arguments
     padded = -(-vocab_size // parallel.tensor) * parallel.tensor
 
     chunks = []
     stages, stage = groups.pp.size(), groups.pp.rank()
     for number in range(parallel.virtual_pipeline):
-        chunk = GPTModel(
-            config=config,
-            transformer_layer_spec=block_spec(config, transformer_engine, number if vp else None, stage),
-            vocab_size=padded,
-            pre_process=stage == 0 and number == 0,
-            post_process=stage == stages - 1 and number == parallel.virtual_pipeline - 1,
-            parallel_output=True,
-            pg_collection=groups,
-            vp_stage=number if vp else None,
-            **arguments,
+        chunk = build_chunk(
+            config,
+            block_spec(config, transformer_engine, number if vp else None, stage),
+            padded,
+            stage == 0 and number == 0,
+            stage == stages - 1 and number == parallel.virtual_pipeline - 1,
+            groups,
+            number if vp else None,
+            arguments,
         )
-        bridge.apply_rope([chunk])
-        chunk.rotary_pos_emb = PackedRotary(chunk.rotary_pos_emb)
+        set_rotary(chunk, bridge.rope_frequencies, PackedRotary)
         chunks.append(chunk if cpu else chunk.cuda())
     built = Model(name, chunks, config, layout, bridge, vocab_size, padded, device, transformer_engine)
     mark_sharded(built)

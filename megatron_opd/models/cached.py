@@ -4,41 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.compat.gpt_model import head_input, run_chunk, set_input
+from megatron_opd.compat.megatron import plain_linears, set_sequence_parallel
 from megatron_opd.models.fp8 import renew_fp8_copies, token_block
 from megatron_opd.models.model import Model
 from megatron_opd.models.packed import KVCache, PackedRow, decode_row, prefill_row
-
-
-@contextmanager
-def _plain_linears(chunk: torch.nn.Module) -> Iterator[None]:
-    """Megatron-Core's own linear layers multiply plainly; their autograd functions are a third of a small step's calls.
-
-    `_forward_impl` is private to Megatron-Core; Transformer Engine's layers have none and stay as they are.
-    """
-    layers = [m for m in chunk.modules() if hasattr(m, "_forward_impl")]
-    before = [layer._forward_impl for layer in layers]
-    for layer in layers:
-        layer._forward_impl = lambda input, weight, bias, **_: torch.nn.functional.linear(input, weight, bias)
-    try:
-        yield
-    finally:
-        for layer, implementation in zip(layers, before):
-            layer._forward_impl = implementation
-
-
-def _set_sequence_parallel(chunk: torch.nn.Module, value: bool) -> None:
-    """Megatron-Core's own function of this purpose remembers modules by id(), also those of models that are gone."""
-    chunk.config.sequence_parallel = value
-    for module in chunk.modules():
-        for name in ("sequence_parallel", "scatter_to_sequence_parallel", "reduce_scatter_embeddings"):
-            if hasattr(module, name):
-                setattr(module, name, value)
 
 
 class CachedForward:
@@ -56,27 +31,21 @@ class CachedForward:
         renew_fp8_copies(chunks)  # an optimizer step may lie behind the last pass
         training = [chunk.training for chunk in chunks]
         sequence = self.model.config.sequence_parallel
-        hooks = [
-            chunk.output_layer.register_forward_pre_hook(self._select, with_kwargs=True)
-            for chunk in chunks
-            if chunk.post_process
-        ]
         stack = ExitStack()
         try:
+            stack.enter_context(head_input(chunks, self._wanted))
             for chunk in chunks:
                 chunk.eval()
-                stack.enter_context(_plain_linears(chunk))
+                stack.enter_context(plain_linears(chunk))
                 if sequence:
-                    _set_sequence_parallel(chunk, False)
+                    set_sequence_parallel(chunk, False)
             with torch.no_grad():
                 yield
         finally:
             stack.close()
-            for hook in hooks:
-                hook.remove()
             for chunk, was_training in zip(chunks, training):
                 if sequence:
-                    _set_sequence_parallel(chunk, True)
+                    set_sequence_parallel(chunk, True)
                 chunk.train(was_training)
 
     def prefill(
@@ -98,14 +67,9 @@ class CachedForward:
     def _padding(self, tokens: Tensor) -> int:
         return -tokens.numel() % token_block(self.model.config)
 
-    def _select(
-        self, module: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
-        """Before the output layer: only the hidden states whose logits are wanted."""
-        if self._rows is None:
-            return None
-        hidden, *rest = args
-        return (hidden[self._rows], *rest), kwargs
+    def _wanted(self, hidden: Tensor) -> Tensor:
+        """Of the output layer's input, only the hidden states whose logits are wanted."""
+        return hidden if self._rows is None else hidden[self._rows]
 
     def _forward(self, tokens: Tensor, row: PackedRow, rows: Tensor | slice | None) -> Tensor | None:
         model, pp = self.model, self.model.layout.groups.pp
@@ -128,8 +92,8 @@ class CachedForward:
                     dist.recv(hidden, previous, group=pp)
                 else:
                     hidden = out
-                chunk.set_input_tensor(hidden)
-            out = chunk(tokens[None], None, None, packed_seq_params=row)
+                set_input(chunk, hidden)
+            out = run_chunk(chunk, tokens, row)
             if not last and size > 1:
                 dist.send(out.contiguous(), following, group=pp)
         if not model.layout.is_last_stage:

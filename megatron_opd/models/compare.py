@@ -11,6 +11,7 @@ import torch.distributed as dist
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from megatron_opd.compat.gpt_model import is_first, run_chunk, set_input
 from megatron_opd.models.model import Model
 
 
@@ -52,9 +53,9 @@ def megatron_logits(model: Model, tokens: Tensor) -> Tensor:
         for turn in range(stages):  # one stage computes, the others wait for its output
             last = turn == stages - 1 and number == len(model.chunks) - 1
             if turn == stage:
-                if not chunk.pre_process:
-                    chunk.set_input_tensor(out)
-                out = chunk(ids[None], None, None, packed_seq_params=row).contiguous()
+                if not is_first(chunk):
+                    set_input(chunk, out)
+                out = run_chunk(chunk, ids, row).contiguous()
             elif last:
                 width = model.padded_vocab_size // groups.tp.size()
                 out = torch.empty(1, padded, width, dtype=dtype, device=model.device)

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_opd.compat import gpt_model, megatron, transformer_engine
 from megatron_opd.config import ConfigError, ModelConfig
 
 # Tokens of a row, on each tensor rank, must be a multiple of this. 128: what blockwise scaling sends between ranks.
@@ -98,17 +99,17 @@ def shape_problems(name: str, model: ModelConfig, hf: dict[str, Any]) -> list[st
     ]
 
 
-def renew_fp8_copies(chunks: Iterable[torch.nn.Module]) -> None:
+def renew_fp8_copies(chunks: Iterable[gpt_model.GPTModel]) -> None:
     """The next pass makes its FP8 copies of the parameters anew. For passes outside of Megatron-Core's schedules."""
     for chunk in chunks:
-        chunk.set_is_first_microbatch()  # type: ignore[operator]  # does nothing without FP8
+        gpt_model.renew_fp8_copies(chunk)
 
 
 def drop_fp8_copies(chunks: Iterable[torch.nn.Module]) -> None:
     """Frees the FP8 copies of the parameters; they stay on the GPU when the parameters themselves leave it."""
     for chunk in chunks:
         for module in chunk.modules():
-            getattr(module, "_fp8_workspaces", {}).clear()
+            transformer_engine.drop_fp8_copies(module)
 
 
 def fuse_gradient_accumulation(chunks: Iterable[torch.nn.Module]) -> None:
@@ -120,7 +121,5 @@ def fuse_gradient_accumulation(chunks: Iterable[torch.nn.Module]) -> None:
     apex = importlib.util.find_spec("fused_weight_gradient_mlp_cuda") is not None
     for chunk in chunks:
         for module in chunk.modules():
-            if hasattr(module, "fuse_wgrad_accumulation"):
-                module.fuse_wgrad_accumulation = True  # type: ignore[assignment]
-            elif apex and hasattr(module, "gradient_accumulation_fusion"):
-                module.gradient_accumulation_fusion = True  # type: ignore[assignment]
+            if not transformer_engine.fuse_gradient_accumulation(module) and apex:
+                megatron.fuse_gradient_accumulation(module)

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opd.compat.gpt_model import run_chunk
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.schedule import run_schedule
 
@@ -23,12 +24,11 @@ def learn_scales(model: Model) -> None:
     """
     row, tokens = model.row([_LEARNING_TOKENS])
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(model.vocab_size, (1, tokens), generator=generator).to(model.device)
+    ids = torch.randint(model.vocab_size, (tokens,), generator=generator).to(model.device)
 
     def forward_step(iterator: Iterator[int], chunk: torch.nn.Module) -> tuple[Tensor, Any]:
         next(iterator)
-        out = chunk(ids, None, None, packed_seq_params=row)
-        return out, lambda output, non_loss_data: None
+        return run_chunk(chunk, ids, row), lambda output, non_loss_data: None
 
     for chunk in model.chunks:
         chunk.train()

@@ -8,10 +8,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
-from megatron.core.models.gpt import GPTModel
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 
+from megatron_opd.compat.gpt_model import GPTModel
 from megatron_opd.kernels import VocabShard
 from megatron_opd.models.fp8 import drop_fp8_copies, token_block
 from megatron_opd.models.packed import PackedRow, pack_row

@@ -7,13 +7,13 @@ from importlib.metadata import PackageNotFoundError, distribution
 from typing import Any
 
 import torch
-from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
 from megatron.core.transformer.spec_utils import ModuleSpec
 from megatron.core.transformer.transformer_block import TransformerBlockSubmodules
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor
 
+from megatron_opd.compat.gpt_model import decoder_block_spec
 from megatron_opd.compat.transformer_engine import import_transformer_engine
 from megatron_opd.compat.versions import VersionError
 from megatron_opd.config import ConfigError, ModelConfig
@@ -79,12 +79,12 @@ def block_spec(
 ) -> TransformerBlockSubmodules:
     """The layers that one pipeline stage (and virtual stage) builds."""
     if transformer_engine:
-        block = get_gpt_decoder_block_spec(config, True, "RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank)
+        block = decoder_block_spec(config, True, vp_stage, pp_rank)
         for layer in block.layer_specs:
             attention = layer.submodules.self_attention.submodules
             attention.core_attention = _with_cache(attention.core_attention)
         return block
-    block = get_gpt_decoder_block_spec(config, False, "RMSNorm", vp_stage=vp_stage, pp_rank=pp_rank)
+    block = decoder_block_spec(config, False, vp_stage, pp_rank)
     block.layer_norm = RMSNorm
     for layer in block.layer_specs:
         layer.submodules.input_layernorm = RMSNorm

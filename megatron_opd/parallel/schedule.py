@@ -11,13 +11,13 @@ from typing import Any
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
-from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from megatron.core.transformer.transformer_config import TransformerConfig
 
+from megatron_opd.compat.megatron import P2PCommunicator, P2PWithKnownShapes
 from megatron_opd.parallel.groups import Layout
 
 
-class PlannedP2P(P2PCommunicator):
+class PlannedP2P(P2PWithKnownShapes):
     """Pipeline communication whose shapes come from the plan. For the non-interleaved schedules, in which every stage
     receives micro-batches, and later their gradients, in order."""
 
@@ -28,15 +28,9 @@ class PlannedP2P(P2PCommunicator):
         self._forward: Iterator[list[int]] = iter(shapes)
         self._backward: Iterator[list[int]] = iter(shapes)
 
-    def _communicate_shapes(
-        self,
-        tensor_send_next: torch.Tensor | None,
-        tensor_send_prev: torch.Tensor | None,
-        recv_prev: bool,
-        recv_next: bool,
-    ) -> tuple[list[int], list[int]]:
+    def known_shapes(self, from_previous: bool, from_next: bool) -> tuple[list[int], list[int]]:
         none = [0, 0, 0]
-        return next(self._forward) if recv_prev else none, next(self._backward) if recv_next else none
+        return next(self._forward) if from_previous else none, next(self._backward) if from_next else none
 
 
 def run_schedule(

@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.compat.gpt_model import given_input, run_chunk, set_input
 from megatron_opd.config import Config, PruneConfig
 from megatron_opd.losses import DistillTargets, candidate_terms, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_opd.models.model import Model
@@ -77,12 +78,12 @@ class FusedTeacher:
         """
         own, beside = self.student.chunks[0], self.teacher.chunks[0]
         if not self.student.layout.is_first_stage:
-            mine, theirs = own.decoder.input_tensor.split(self.widths, dim=-1)
-            own.set_input_tensor(mine)
-            beside.set_input_tensor(theirs.detach())
+            mine, theirs = given_input(own).split(self.widths, dim=-1)
+            set_input(own, mine)
+            set_input(beside, theirs.detach())
         with torch.no_grad():
-            other = beside(tokens[None], None, None, packed_seq_params=self.teacher.row(lengths, self.row_multiple)[0])
-        out = chunk(tokens[None], None, None, packed_seq_params=packed)
+            other = run_chunk(beside, tokens, self.teacher.row(lengths, self.row_multiple)[0])
+        out = run_chunk(chunk, tokens, packed)
         if self.student.layout.is_last_stage:
             return out, other[0]
         return torch.cat([out, other], dim=-1), None

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
+from megatron_opd.compat.gpt_model import run_chunk
 from megatron_opd.losses.topk import vocab_parallel_topk
 from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
@@ -84,7 +85,7 @@ def read_rollouts(model: Model, rollouts: list[Rollout], view: View, tokens_per_
             members = [rollouts[i] for i in mine[number]]
             packed, tokens = planned[number]
             fed = packed.take(_inputs(members, packed, tokens)).to(model.device)
-            logits = chunk(fed[None], None, None, packed_seq_params=packed)
+            logits = run_chunk(chunk, fed, packed)
             return logits, lambda output, non_loss_data: _view_of_responses(output[0], members, packed, view)
 
         for chunk in model.chunks:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from megatron_opd.compat.gpt_model import run_chunk
 from megatron_opd.config import Config
 from megatron_opd.models.headless import head_parameter, without_head
 from megatron_opd.models.model import Model
@@ -135,7 +136,7 @@ class ForwardStep:
     ) -> tuple[Tensor, Callable[[Tensor], tuple[Tensor, Tensor, Sums[Tensor]]]]:
         micro = next(micros)
         if self.fused is None:
-            output = chunk(micro.tokens[None], None, None, packed_seq_params=micro.row)
+            output = run_chunk(chunk, micro.tokens, micro.row)
             return output, partial(self.loss, micro, None)
         output, teacher_logits = self.fused.forward(chunk, micro.tokens, micro.row, micro.lengths)
         return output, partial(self.loss, micro, teacher_logits)

@@ -8,17 +8,14 @@ The checkpoint's entries are made from our own descriptions rather than by GPTMo
 the global parallel state for ranks where embeddings are tied, which would be the student's ranks for a teacher; its
 entries depend on the layer implementation and carry the padded vocabulary. Ours have one key per layer, Transformer
 Engine's names and no padding. Part of it is pickled (Megatron-Core's choice): load only directories that you made.
-
-Private names of Megatron-Core and torch are used in `_StreamingStrategy`, `_StreamingWriter` and `write_shards` alone.
 """
 
 from __future__ import annotations
 
-import io
 import json
 import os
 import shutil
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -26,21 +23,11 @@ from typing import Any
 import torch
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.strategies.torch import (
-    MCoreSavePlanner,
-    TorchDistSaveShardedStrategy,
-    _replace_state_dict_keys_with_sharded_keys,
-    mcore_to_pyt_state_dict,
-)
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
-from torch.distributed import checkpoint
-from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.planner import WriteItem
-from torch.distributed.checkpoint.storage import WriteResult
-from torch.futures import Future
 
+from megatron_opd.compat.dist_checkpointing import CheckpointException, Entries, StreamingStrategy, first_failure
+from megatron_opd.compat.gpt_model import EMBEDDING
 from megatron_opd.errors import describe
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import is_rank_0, on_rank_0, together
@@ -107,9 +94,8 @@ def save_converted(model: Model, source: str | Path, out: str | Path, notes: dic
     with whole_directory(out) as folder:
         entries = sharded_entries(local_parameters(model), model, loading=False)
         on_rank_0((folder / CHECKPOINT).mkdir)  # nobody writes before the folder is there
-        strategy = _StreamingStrategy("torch_dist", 1)
         try:
-            dist_checkpointing.save(entries, str(folder / CHECKPOINT), sharded_strategy=strategy)
+            dist_checkpointing.save(entries, str(folder / CHECKPOINT), sharded_strategy=StreamingStrategy())
         except CheckpointException as error:
             raise ModelFileError(f"{out}: cannot be written: {root_cause(error)}") from error
         if is_rank_0():
@@ -156,17 +142,13 @@ def load_converted(model: Model, directory: str | Path) -> None:
 
 def root_cause(error: BaseException) -> str:
     """The first failure that torch's checkpoint code collected from the ranks, without its tracebacks."""
-    for failure in getattr(error, "failures", {}).values():
-        error = failure[0] if isinstance(failure, tuple) else failure
-        break
+    error = first_failure(error)
     return describe(error) if isinstance(error, OSError) else str(error) or repr(error)
 
 
-def sharded_entries(
-    parameters: list[tuple[Parameter, Tensor]], model: Model, loading: bool
-) -> dict[str, ShardedTensor]:
+def sharded_entries(parameters: list[tuple[Parameter, Tensor]], model: Model, loading: bool) -> Entries:
     """Local tensors, shared between ranks as their parameters say, as pieces of whole ones without padding."""
-    entries: dict[str, ShardedTensor] = {}
+    entries: Entries = {}
     for parameter, tensor in parameters:
         if parameter.is_copy and not loading:
             continue
@@ -190,9 +172,9 @@ def sharded_entries(
 
 def checkpoint_key(parameter: Parameter, model: Model) -> str:
     """A parameter's key in the checkpoint, the same for every layer implementation."""
-    key = "embedding.word_embeddings.weight" if parameter.is_copy else parameter.name
+    key = EMBEDDING if parameter.is_copy else parameter.name
     for local, fused in _FUSED:
-        if model.bridge.hf_config.model_type != "qwen3_moe" or local.startswith(".input"):
+        if not model.config.num_moe_experts or local.startswith(".input"):  # a router follows the other norm
             key = key.replace(local, fused)
     return key
 
@@ -222,51 +204,6 @@ def shard_parts(
             yield tensor[start:stop], (first + start, *zeros), (model.bridge.vocab_size, *rest)
     else:
         yield tensor, (rank * rows, *zeros), (rows * size, *rest)
-
-
-class _StreamingStrategy(TorchDistSaveShardedStrategy):
-    """Megatron-Core's format written by the ranks themselves, tensor by tensor.
-
-    Its own writer copies every view of a larger tensor (here the halves of each gate/up matrix) before it writes the
-    first, and starts processes that import the main module.
-    """
-
-    def save(self, sharded_state_dict: Any, checkpoint_dir: str | Path) -> None:
-        by_key, _, _ = _replace_state_dict_keys_with_sharded_keys(sharded_state_dict, keep_only_main_replica=True)
-        planner = MCoreSavePlanner(dedup_replicated_tensors=False, flatten_state_dict=False)
-        writer = _StreamingWriter(checkpoint_dir)
-        checkpoint.save(mcore_to_pyt_state_dict(by_key), storage_writer=writer, planner=planner)
-
-
-class _StreamingWriter(checkpoint.FileSystemWriter):
-    """One file per rank, one tensor in memory at a time."""
-
-    def write_data(self, plan: Any, planner: Any) -> Future[list[WriteResult]]:
-        name = f"{plan.storage_data.prefix}0.distcp"
-        done: Future[list[WriteResult]] = Future()
-        done.set_result(write_shards(self.path, name, ((item, planner.resolve_data(item)) for item in plan.items)))
-        return done
-
-
-def write_shards(
-    directory: str | os.PathLike[str], name: str, items: Iterable[tuple[WriteItem, Tensor | io.BytesIO]]
-) -> list[WriteResult]:
-    """Writes one rank's file of a torch_dist checkpoint, on disk when it returns, and tells what lies where in it."""
-    results = []
-    with open(os.path.join(directory, name), "wb") as stream:
-        for item, data in items:
-            start = stream.tell()
-            if isinstance(data, io.BytesIO):
-                stream.write(data.getbuffer())
-            else:
-                data = data.detach().cpu()
-                # torch.save would store the whole tensor that a view looks at
-                torch.save(data.clone() if data.untyped_storage().nbytes() != data.nbytes else data, stream)
-            size = stream.tell() - start
-            results.append(WriteResult(item.index, size, _StorageInfo(name, start, size)))
-        stream.flush()
-        os.fsync(stream.fileno())
-    return results
 
 
 @contextmanager

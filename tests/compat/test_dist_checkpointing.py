@@ -1,0 +1,112 @@
+"""Checkpoints that compat/dist_checkpointing.py writes are Megatron-Core's: its own loader reads them back."""
+
+from __future__ import annotations
+
+import pickle
+
+import pytest
+import torch
+import torch.distributed as dist
+from megatron.core import dist_checkpointing
+from megatron.core.dist_checkpointing.mapping import ShardedTensor
+from megatron.core.dist_checkpointing.validation import StrictHandling
+
+from megatron_opd.compat.cpu_platform import apply_cpu_platform
+from megatron_opd.compat.dist_checkpointing import (
+    METADATA,
+    CheckpointException,
+    StreamingStrategy,
+    agree_on_plan,
+    file_name,
+    first_failure,
+    save_planner,
+    write_metadata,
+    write_shards,
+)
+from megatron_opd.parallel.collective import all_gather
+from tests.distributed import run_distributed
+
+ROWS, WIDTH = 6, 5
+
+
+def entries(rank: int, world_size: int, fill: bool):
+    """A tensor in two halves, one per rank, and one that both ranks hold, of which the first writes its copy."""
+    half = ROWS // world_size
+    whole = torch.arange(ROWS * WIDTH, dtype=torch.float32).view(ROWS, WIDTH)
+    mine = whole[rank * half : (rank + 1) * half] if fill else torch.zeros(half, WIDTH)
+    same = torch.full((3,), 7.0) if fill else torch.zeros(3)
+
+    def sharded(key, data, shape, offset, replica):
+        return ShardedTensor(
+            key=key,
+            data=data,
+            dtype=data.dtype,
+            local_shape=tuple(data.shape),
+            global_shape=shape,
+            global_offset=offset,
+            axis_fragmentations=None,
+            replica_id=replica,
+        )
+
+    return (
+        {
+            "a": sharded("halves", mine, (ROWS, WIDTH), (rank * half, 0), (0, 0, 0)),
+            "b": sharded("copies", same, (3,), (0,), (0, 0, rank)),
+        },
+        mine,
+        same,
+    )
+
+
+def written(rank: int, world_size: int, folder: str):
+    from pathlib import Path
+
+    apply_cpu_platform()
+    results = []
+    for kind in ("acts", "strategy"):
+        path = Path(folder, kind)
+        if rank == 0:
+            path.mkdir()
+        dist.barrier()
+        full, *_ = entries(rank, world_size, fill=True)
+        if kind == "strategy":
+            dist_checkpointing.save(full, str(path), sharded_strategy=StreamingStrategy())
+        else:
+            planner = save_planner(full, is_coordinator=rank == 0)
+            plan, metadata = agree_on_plan(planner)
+            assert (metadata is None) == (rank != 0)
+            items = [(item, planner.resolve_data(item)) for item in plan.items]
+            results = all_gather(write_shards(path, file_name(rank), items) if items else [])
+            if rank == 0:
+                write_metadata(path, metadata, results)
+        dist.barrier()
+        empty, mine, same = entries(rank, world_size, fill=False)
+        dist_checkpointing.load(empty, str(path), strict=StrictHandling.RAISE_ALL)
+        _, expected, expected_same = entries(rank, world_size, fill=True)
+        assert torch.equal(mine, expected) and torch.equal(same, expected_same), kind
+        results.append(sorted(p.name for p in path.iterdir()))
+    return results[-2:]
+
+
+def test_megatron_core_reads_what_is_written(tmp_path):
+    for acts, strategy in run_distributed(2, written, str(tmp_path)):
+        assert METADATA in acts and file_name(0) in acts and file_name(1) in acts
+        # From 0.17 on Megatron-Core itself reads common.pt, but no longer writes it.
+        assert set(acts) - set(strategy) <= {"common.pt"} and set(strategy) <= set(acts)
+
+
+def test_a_view_is_written_alone(tmp_path):
+    class Item:
+        index = 0
+
+    whole = torch.zeros(1000, 100)
+    (result,) = write_shards(tmp_path, "f", [(Item(), whole[:2])])
+    assert result.size_in_bytes < 4000 and (tmp_path / "f").stat().st_size == result.size_in_bytes
+
+
+def test_the_first_failure_of_all_ranks():
+    one, other = OSError(28, "No space left on device"), ValueError("later")
+    assert first_failure(CheckpointException("save", {0: (one, None), 1: (other, None)})) is one
+    assert first_failure(other) is other
+    with pytest.raises(pickle.PicklingError):
+        raise first_failure(pickle.PicklingError())
