@@ -6,6 +6,7 @@
     python tools/benchmark.py train       whole steps side by side with TRL's on-policy distillation
     python tools/benchmark.py scaling     a step as layers, sequence length, batch and ranks double
     python tools/benchmark.py prune       time to accuracy on the embedded example: off, short budget, paper, in_flight
+    python tools/benchmark.py methods     the method and its published relatives: equal steps, equal trained tokens
     python tools/benchmark.py checkpoint  what saving costs a step; size on disk and time to load
     python tools/benchmark.py gpu         kernels, memory, training and scoring in bf16 and FP8, whole steps, on one GPU
 
@@ -34,6 +35,7 @@ COMMANDS = {  # name: (module, function that adds arguments, function that runs)
     "train": ("benchmark.train", "add_arguments", "run"),
     "scaling": ("benchmark.step", "add_scaling_arguments", "run_scaling"),
     "prune": ("benchmark.prune", "add_arguments", "run"),
+    "methods": ("benchmark.methods", "add_arguments", "run"),
     "checkpoint": ("benchmark.checkpoint", "add_arguments", "run"),
     "gpu": ("benchmark.gpu", "add_arguments", "run"),
 }

@@ -13,6 +13,7 @@ from tests.tiny_run import REPOSITORY, TinyRun, child_environment
 
 sys.path.insert(0, str(REPOSITORY / "tools"))
 from benchmark.common import growth_exponent, summary  # noqa: E402
+from benchmark.methods import accuracy_at  # noqa: E402
 
 ONE_PROCESS = ("student.parallel.tensor=1", "student.parallel.sequence=false", "teacher.parallel.pipeline=1")
 
@@ -90,6 +91,30 @@ def test_prune_compares_methods_and_draws(tmp_path):
     assert results["runs"][0]["curve"][0][0] == 0  # the accuracy before training
     assert (tmp_path / "out" / "accuracy.png").stat().st_size > 1000
     assert "time to accuracy" in printed
+
+
+def test_methods_are_compared_at_equal_steps_and_at_equal_trained_tokens(tmp_path):
+    sizes = ("--pairs", "drifting", "--methods", "off", "topd", "tip", "--seeds", 1, "--processes", 1, "--out", "out")
+    changes = ("train.steps=2", "train.prompts_per_step=2", "eval.sets.0.limit=2", "eval.sets.0.max_tokens=4")
+    changes = (
+        *changes,
+        "eval.every=1",
+        "prune.budget.maximum=16",
+        *(f"prune.budget.{k}=16" for k in ("initial", "minimum")),
+    )
+    results, printed = benchmark(tmp_path, "methods", *sizes, *changes, *ONE_PROCESS)
+    off, topd, tip = results["summary"]
+    assert [off["method"], topd["method"], tip["method"]] == ["off", "topd", "tip"]
+    assert topd["tokens_generated"] <= 2 * 6 * 4  # a quarter of 16 tokens, six responses, two steps
+    assert off["tokens_generated"] == tip["tokens_generated"] >= tip["tokens_trained"]
+    least = min(e["tokens_trained"] for e in results["summary"])
+    assert {e["equal_trained_tokens"] for e in results["summary"]} == {least}
+    assert "at equal trained tokens" in printed
+
+
+@pytest.mark.parametrize("tokens, accuracy", [(50, 0.2), (100, 0.2), (150, 0.3), (200, 0.4), (900, 0.4)])
+def test_accuracy_between_two_evaluations(tokens, accuracy):
+    assert accuracy_at([(100, 0.2), (200, 0.4)], tokens) == pytest.approx(accuracy)
 
 
 def test_checkpoint_saves_in_both_ways_and_loads_again(tmp_path):

@@ -10,6 +10,7 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -59,14 +60,19 @@ def own_settings(options: argparse.Namespace, method: str) -> list[str]:
     return [f"prune.preset={method}", *([f"prune.w_drop={options.w_drop}"] if method == "in_flight" else [])]
 
 
-def train(options: argparse.Namespace, pair: str, seed: int) -> list[dict[str, Any]]:
+def train(
+    options: argparse.Namespace,
+    pair: str,
+    seed: int,
+    settings_of: Callable[[argparse.Namespace, str], list[str]] = own_settings,
+) -> list[dict[str, Any]]:
     """All methods from one seed, in turns step by step; what finished before is only read."""
     run_dir = (options.out / f"{pair}-{seed}").resolve()
     shared = [*SETTINGS, *options.overrides, f"train.seed={seed}"]
     variants = []
     for method in options.methods:
         first = seed == 1 and method == options.methods[0]
-        own = [*own_settings(options, method), f"eval.at_start={str(first).lower()}"]
+        own = [*settings_of(options, method), f"eval.at_start={str(first).lower()}"]
         variants += ["--variant", method, *own]
     done = run_dir / "done.json"
     if options.again or not done.exists() or json.loads(done.read_text()) != [*shared, *variants]:
@@ -101,14 +107,16 @@ def train(options: argparse.Namespace, pair: str, seed: int) -> list[dict[str, A
 def read(run_dir: Path, pair: str, method: str, seed: int) -> dict[str, Any]:
     """One run's numbers. Seconds are those of training steps; start-up and evaluation are left out."""
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    seconds, points = 0.0, []
+    seconds, trained, points, by_tokens = 0.0, 0, [], []
     start = run_dir / "eval" / "step0.json"
     if start.exists():
         points.append((0.0, _first(json.loads(start.read_text())["accuracy"])))
     for step in steps:
         seconds += step["step_s"]
+        trained += step["tokens_trained"]
         if "accuracy" in step:
             points.append((seconds, _first(step["accuracy"])))
+            by_tokens.append((trained, points[-1][1]))
     if not points or "accuracy" not in steps[-1]:
         raise BenchmarkError(f"{run_dir} has no evaluation after its last step; set eval.at_end and eval.sets")
     return {
@@ -122,6 +130,7 @@ def read(run_dir: Path, pair: str, method: str, seed: int) -> dict[str, Any]:
         "accuracy": points[-1][1],
         "correct": _correct(run_dir, steps[-1]["step"]),
         "curve": points,
+        "curve_by_trained_tokens": by_tokens,
         "budget": [steps[0]["budget"], steps[-1]["budget_next"]],
     }
 
