@@ -63,9 +63,7 @@ def topk_overlap(
 
 
 @torch.no_grad()
-def count_shared(
-    logits: Tensor, ids: Tensor, k: int, group: dist.ProcessGroup | None = None, vocab_size: int | None = None
-) -> Tensor:
+def count_shared(logits: Tensor, ids: Tensor, k: int, shard: VocabShard | None = None) -> Tensor:
     """How many of the given ids are among this model's own k most likely tokens, one integer per token on the wire.
 
     This is the teacher's half of the overlap where the student's logits are elsewhere: with `ids` the student's own
@@ -73,9 +71,10 @@ def count_shared(
 
     logits [tokens, vocab / tp]; ids [tokens, n] global ids, the same on every rank, those of a token all different; ids
     outside the vocabulary are in nothing.
+    shard: this rank's part of the vocabulary; None means that the logits are whole and have no padding.
     Returns float32 [tokens], whole numbers, the same on every rank; NaN where the logits hold a NaN.
     """
-    shard = vocab_shard(logits, group, vocab_size)
+    shard = shard or vocab_shard(logits)
     _check_tokens("ids", ids, logits)
     top = share_topk([logits], k, shard)[0]
     shared = shard.sum(_isin_top(ids, top, shard).sum(1, dtype=torch.int32))
@@ -88,8 +87,7 @@ def teacher_top_p_accept(
     sampled_ids: Tensor,
     k: int,
     p: float = 0.95,
-    group: dist.ProcessGroup | None = None,
-    vocab_size: int | None = None,
+    shard: VocabShard | None = None,
 ) -> Tensor:
     """Whether the teacher accepts the sampled token: docs/method.md item 7, the alternative drift signal.
 
@@ -97,12 +95,12 @@ def teacher_top_p_accept(
     full vocabulary, reaches p, the token that crosses p included; all k where they do not reach it. A drift event is a
     refusal.
 
-    teacher_logits [tokens, vocab / tp]; sampled_ids [tokens] global ids. Returns bool [tokens], the same on every rank.
-    A token whose logits hold a NaN is refused. Raises ValueError for p outside (0, 1].
+    teacher_logits [tokens, vocab / tp]; sampled_ids [tokens] global ids; shard: see `count_shared`. Returns bool
+    [tokens], the same on every rank. A token whose logits hold a NaN is refused. Raises ValueError for p outside (0, 1].
     """
     if not 0 < p <= 1:
         raise ValueError(f"p {p} must lie in (0, 1]")
-    shard = vocab_shard(teacher_logits, group, vocab_size)
+    shard = shard or vocab_shard(teacher_logits)
     check_k(k, shard)
     _check_tokens("sampled_ids", sampled_ids, teacher_logits)
     ids = vocab_parallel_topk(teacher_logits, k, shard)[1]

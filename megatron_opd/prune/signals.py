@@ -92,10 +92,7 @@ class TopKOverlap(DriftSignal):
 
     def measure(self, reading: TeacherReading) -> dict[str, Tensor]:
         k = self.prune.k
-        shard = reading.shard
-        return {
-            "overlap": count_shared(reading.logits, reading.student_ids[:, :k], k, shard.group, shard.vocab_size) / k
-        }
+        return {"overlap": count_shared(reading.logits, reading.student_ids[:, :k], k, reading.shard) / k}
 
     def events(self, columns: Mapping[str, Tensor]) -> Tensor:
         return ~(columns["overlap"] >= self.prune.threshold)
@@ -105,9 +102,8 @@ class TeacherNucleus(DriftSignal):
     """An event where the sampled token lies outside the teacher's nucleus of mass `teacher_top_p` within its top k."""
 
     def measure(self, reading: TeacherReading) -> dict[str, Tensor]:
-        k, p, shard = self.prune.k, self.prune.teacher_top_p, reading.shard
-        accepted = teacher_top_p_accept(reading.logits, reading.sampled_ids, k, p, shard.group, shard.vocab_size)
-        return {"accepted": accepted}
+        k, p = self.prune.k, self.prune.teacher_top_p
+        return {"accepted": teacher_top_p_accept(reading.logits, reading.sampled_ids, k, p, reading.shard)}
 
     def events(self, columns: Mapping[str, Tensor]) -> Tensor:
         return ~columns["accepted"]

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_opd.losses import candidate_terms
 from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, ScoredBatch
 
 
@@ -42,7 +43,7 @@ def reverse_kl(batch: ScoredBatch) -> float:
         total = sum(float(d.sum()) for d in batch.reverse_kl)
     else:  # behind `measured` both are the student's: zero
         total = sum(
-            float((r.topk_logprobs.softmax(-1) * (r.topk_logprobs - s.logprobs)).sum())
+            float(candidate_terms(r.topk_logprobs, s.logprobs).sum())
             for r, s in zip(batch.rollouts, batch.scores)
         )
     return total / sum(s.measured for s in batch.scores)

@@ -50,21 +50,22 @@ def _compute(rank, world, group=None):
         for dtype in DTYPES:
             student, teacher, sampled = _case(vocab, padded, k, dtype)
             s, t = _shard(student, padded, rank, world), _shard(teacher, padded, rank, world)
-            values, ids = vocab_parallel_topk(s, k, vocab_shard(s, group, vocab))
+            shard = vocab_shard(s, group, vocab)
+            values, ids = vocab_parallel_topk(s, k, shard)
             out[vocab, padded, k, dtype] = {
                 "overlap": topk_overlap(s, t, k, group, vocab),
                 "mixed": topk_overlap(s, t.float(), k, group, vocab) if dtype == "bfloat16" else None,
                 "values": values,
                 "ids": ids,
-                "count": count_shared(t, ids, k, group, vocab),
-                "accept": teacher_top_p_accept(t, sampled, k, 0.6, group, vocab),
+                "count": count_shared(t, ids, k, shard),
+                "accept": teacher_top_p_accept(t, sampled, k, 0.6, shard),
             }
     student, teacher, _ = _case(103, 104, 16, "float32")
     student[2, 99] = teacher[9, 1] = torch.nan  # on different ranks
     s, t = _shard(student, 104, rank, world), _shard(teacher, 104, rank, world)
     out["nan"] = topk_overlap(s, t, 16, group, 103)
     likeliest = teacher[:, :103].nan_to_num(-100.0).argmax(1)
-    out["nan_accepted"] = teacher_top_p_accept(t, likeliest, 16, 0.5, group, 103)
+    out["nan_accepted"] = teacher_top_p_accept(t, likeliest, 16, 0.5, vocab_shard(t, group, 103))
     return out
 
 
