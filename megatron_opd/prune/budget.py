@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Iterable
 from typing import Any
 
@@ -98,29 +97,26 @@ class ResponseBudget:
         """Settings and state, plain numbers."""
         return {name: getattr(self, name) for name in (*_SETTINGS, *_STATE)}
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Continues exactly where `state_dict` was taken.
+    def load_state_dict(self, state: dict[str, Any]) -> list[str]:
+        """Goes on where `state_dict` was taken, within this object's own settings: whoever resumes with another maximum
+        means it.
 
-        The saved settings win over this object's, as in torch's optimizers; a warning names every one that differs.
-        Raises ValueError where keys are missing or unknown, or the saved values are contradictory.
+        Returns the settings that differ, as "maximum 4096 -> 2048", saved and own. Raises ValueError where keys are
+        missing or unknown, or the saved values contradict each other.
         """
         expected = set(_SETTINGS) | set(_STATE)
         if set(state) != expected:
             raise ValueError(
                 f"budget state: missing {sorted(expected - set(state))}, unknown {sorted(set(state) - expected)}"
             )
-        ResponseBudget(**{name: state[name] for name in _SETTINGS})
         if not state["minimum"] <= state["current"] <= state["maximum"]:
             raise ValueError(f"budget state: current {state['current']} outside {state['minimum']}..{state['maximum']}")
         if not 0 <= state["no_hit_steps"] < state["patience"]:
             raise ValueError(f"budget state: no_hit_steps {state['no_hit_steps']} outside 0..{state['patience'] - 1}")
-        changed = [f"{n} {getattr(self, n)} -> {state[n]}" for n in _SETTINGS if getattr(self, n) != state[n]]
-        if changed:
-            warnings.warn(
-                f"the checkpoint's budget settings replace the given ones: {', '.join(changed)}", stacklevel=2
-            )
-        for name in expected:
-            setattr(self, name, state[name])
+        self.current = min(max(state["current"], self.minimum), self.maximum)
+        self.no_hit_steps = min(state["no_hit_steps"], self.patience - 1)
+        self.last_hit_ratio = state["last_hit_ratio"]
+        return [f"{n} {state[n]} -> {getattr(self, n)}" for n in _SETTINGS if getattr(self, n) != state[n]]
 
 
 class StaircaseBudget(ResponseBudget):

@@ -43,8 +43,7 @@ def reverse_kl(batch: ScoredBatch) -> float:
         total = sum(float(d.sum()) for d in batch.reverse_kl)
     else:  # behind `measured` both are the student's: zero
         total = sum(
-            float(candidate_terms(r.topk_logprobs, s.logprobs).sum())
-            for r, s in zip(batch.rollouts, batch.scores)
+            float(candidate_terms(r.topk_logprobs, s.logprobs).sum()) for r, s in zip(batch.rollouts, batch.scores)
         )
     return total / sum(s.measured for s in batch.scores)
 

@@ -196,7 +196,9 @@ class Run:
         if state is None:
             return
         self.step, self.name = state["step"], state["name"]
-        self._resume_budget(state["budget"])
+        if self.config.prune.moves_budget and (changed := self.budget.load_state_dict(state["budget"])):
+            said = f"prune.budget has changed since the checkpoint: {', '.join(changed)}"
+            self.say(f"{said}; goes on at {self.budget.current}")
         self.loader.load_state_dict(state["loader"])
         self.totals = Totals(**state["totals"])
         self.training_step.norms = state["norms"]
@@ -204,23 +206,6 @@ class Run:
         reported = on_rank_0(lambda: was_reported(self.config.run_dir, self.step))
         self.unreported = None if reported else state.get("unreported", state.get("owed"))
         self.say(f"resumed at step {self.step}")
-
-    def _resume_budget(self, saved: dict[str, Any]) -> None:
-        """The config's settings win, as for the learning rate: who resumes with another maximum means it."""
-        if not self.config.prune.moves_budget:
-            return
-        budget = self.budget
-        changed = [
-            f"{key} {saved[key]} -> {value}"
-            for key, value in self.config.prune.budget
-            if key in saved and saved[key] != value
-        ]
-        budget.current = min(max(saved["current"], budget.minimum), budget.maximum)
-        budget.no_hit_steps = min(saved["no_hit_steps"], budget.patience - 1)
-        budget.last_hit_ratio = saved["last_hit_ratio"]
-        if changed:
-            said = f"prune.budget has changed since the checkpoint: {', '.join(changed)}"
-            self.say(f"{said}; goes on at {budget.current}")
 
     def close(self) -> None:
         self.checkpoints.close()

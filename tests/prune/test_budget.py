@@ -39,7 +39,7 @@ def test_a_resumed_run_goes_on_as_if_never_stopped(stop):
     for row in rows[:stop]:
         budget.update_from_hit_ratio(float(row["hit_ratio"]))
     resumed = _paper()
-    resumed.load_state_dict(budget.state_dict())
+    assert resumed.load_state_dict(budget.state_dict()) == []
     for row in rows[stop:]:
         assert resumed.update_from_hit_ratio(float(row["hit_ratio"])) == int(row["next_budget"])
 
@@ -79,19 +79,26 @@ def test_errors_name_the_argument():
     assert budget.state_dict() == _paper().state_dict(), "a refused update changes nothing"
 
 
-def test_a_checkpoint_with_other_settings_wins_loudly_and_a_broken_one_is_refused():
-    budget = ResponseBudget(initial=2048, minimum=1024, maximum=4096, step=50)
-    budget.update_from_hit_ratio(1.0)
-    other = _paper()
-    with pytest.warns(UserWarning, match="maximum 12288 -> 4096, step 100 -> 50"):
-        other.load_state_dict(budget.state_dict())
-    assert other.state_dict() == budget.state_dict() and other.current == 2098
+def test_a_resumed_budget_keeps_its_own_settings_and_a_broken_state_is_refused():
+    budget = ResponseBudget(initial=4000, minimum=1024, maximum=4096, step=50, patience=9)
+    for h in (1.0, 0, 0, 0, 0):
+        budget.update_from_hit_ratio(h)
+    other = ResponseBudget(initial=2048, minimum=1024, maximum=3000)
+    assert other.load_state_dict(budget.state_dict()) == [
+        "initial 4000 -> 2048",
+        "maximum 4096 -> 3000",
+        "step 50 -> 100",
+        "patience 9 -> 3",
+    ]
+    assert (budget.current, budget.no_hit_steps) == (4050, 4)
+    assert (other.current, other.no_hit_steps, other.last_hit_ratio) == (3000, 2, 0.0)
+    assert other.update_from_hit_ratio(0) == 2900, "the third step without a hit"
     with pytest.raises(ValueError, match="missing .'current'., unknown .'now'."):
         other.load_state_dict({"now" if k == "current" else k: v for k, v in budget.state_dict().items()})
     with pytest.raises(ValueError, match="current 99 outside 1024..4096"):
         other.load_state_dict({**budget.state_dict(), "current": 99})
-    with pytest.raises(ValueError, match="no_hit_steps 3 outside 0..2"):
-        other.load_state_dict({**budget.state_dict(), "no_hit_steps": 3})
+    with pytest.raises(ValueError, match="no_hit_steps 9 outside 0..8"):
+        other.load_state_dict({**budget.state_dict(), "no_hit_steps": 9})
 
 
 def test_a_staircase_on_the_worked_numbers():
