@@ -96,7 +96,7 @@ def teacher_top_p_accept(
     refusal.
 
     teacher_logits [tokens, vocab / tp]; sampled_ids [tokens] global ids; shard: see `count_shared`. Returns bool
-    [tokens], the same on every rank. A token whose logits hold a NaN is refused. Raises ValueError for p outside (0, 1].
+    [tokens], the same on every rank. A token whose logits hold a NaN is refused. Raises ValueError for p not in (0, 1].
     """
     if not 0 < p <= 1:
         raise ValueError(f"p {p} must lie in (0, 1]")
