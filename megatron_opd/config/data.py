@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 from typing import Annotated, ClassVar, Literal
 
 from pydantic import AfterValidator, Field, model_validator
@@ -9,6 +10,7 @@ from pydantic import AfterValidator, Field, model_validator
 from megatron_opd.config.base import FilePath, Positive, Section
 from megatron_opd.plugins import VERIFIERS, check_name
 
+TEMPLATE_DATE = datetime.date(2024, 7, 26)  # any day will do: this one is the default of Llama 3.1's template
 VerifierName = Annotated[str, AfterValidator(lambda name: check_name(name, VERIFIERS))]
 
 
@@ -27,7 +29,10 @@ class DataConfig(Section):
     template: Literal["chat", "none"] = "chat"
     """chat: the tokenizer's chat template. none: the text as it is."""
     thinking: bool | None = None
-    """Passed to chat templates that have a thinking switch; null leaves their default."""
+    """Passed to chat templates that have a thinking switch; null leaves their default. Refused where it changes
+    nothing."""
+    date: datetime.date = TEMPLATE_DATE
+    """The day that chat templates which write the date are given: the same prompts today and tomorrow."""
     system: str | None = None
     """System message put in front of chat prompts that bring none of their own."""
     suffix: str = ""

@@ -9,19 +9,9 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-from megatron_opd.data.sources import (
-    Columns,
-    DataError,
-    Row,
-    answer_of,
-    find_columns,
-    metadata_of,
-    parse_json_line,
-    prompt_of,
-    read_rows,
-    source_of,
-)
+from megatron_opd.data.sources import DataError, Row, RowReader, metadata_of, parse_json_line, read_rows
 
 
 @dataclass
@@ -42,10 +32,12 @@ def convert(
     name: str = "",
     drop_duplicates: bool = False,
     overwrite: bool = False,
+    need_answer: bool = True,
 ) -> tuple[int, int, tuple[str, ...]]:
     """Writes the rows of a Parquet or JSONL file as {"prompt", "answer", "source"[, "metadata"]} lines.
 
-    `name` is the source of rows that have none. The file appears whole or not at all.
+    `name` is the source of rows that have none. Rows without an answer are refused, or, where none is needed, written
+    without one. The file appears whole or not at all.
 
     Returns the rows written, the duplicates among the rows read, and notes on the columns taken. Raises DataError.
     """
@@ -53,37 +45,45 @@ def convert(
     if out.exists() and not overwrite:
         raise DataError(f"{out} exists; remove it or pass --overwrite")
     partial = out.with_name(f".{out.name}.partial")
-    columns: Columns | None = None
+    reader = RowReader(prompt_key, answer_key, source_key, need_answer)
     seen: set[str] = set()
     written = duplicates = 0
     try:
         with partial.open("w", encoding="utf-8") as file:
             for row in read_rows(source):
-                columns = columns or find_columns(row, prompt_key, answer_key, source_key, need_answer=True)
-                values = _our_values(row, columns, name)
+                values = _our_values(row, reader, name)
                 key = json.dumps(values["prompt"])
                 duplicates += key in seen
                 if key in seen and drop_duplicates:
                     continue
                 seen.add(key)
-                file.write(json.dumps(values, ensure_ascii=False) + "\n")
+                file.write(_line(row, values))
                 written += 1
-        if columns is None:
+        if not reader.rows:
             raise DataError(f"{source}: the file is empty")
         os.replace(partial, out)
     except OSError as error:
         raise DataError(f"cannot write {out}: {error.strerror}") from error
     finally:
         partial.unlink(missing_ok=True)
-    return written, duplicates, columns.notes
+    return written, duplicates, tuple(reader.notes)
 
 
-def _our_values(row: Row, columns: Columns, name: str) -> dict:
-    assert columns.answer is not None  # find_columns was asked for one
-    values = {"prompt": prompt_of(row, columns.prompt), "answer": answer_of(row, columns.answer)}
-    values["source"] = source_of(row, columns.source) or name
+def _our_values(row: Row, reader: RowReader, name: str) -> dict[str, Any]:
+    values: dict[str, Any] = {"prompt": reader.prompt(row)}
+    answer = reader.answer(row)
+    if answer is not None:
+        values["answer"] = answer
+    values["source"] = reader.source(row) or name
     metadata = metadata_of(row)
     return {**values, "metadata": metadata} if metadata else values
+
+
+def _line(row: Row, values: dict[str, Any]) -> str:
+    try:
+        return json.dumps(values, ensure_ascii=False) + "\n"
+    except (TypeError, ValueError) as error:  # a Parquet file may hold dates, bytes, ...
+        raise DataError(f"{row.place}: its metadata cannot be written as JSON: {error}") from error
 
 
 def validate(
@@ -91,16 +91,13 @@ def validate(
 ) -> Report:
     """Checks every line of a prompts file; each finding names the line, the key and the problem."""
     report = Report()
-    columns: Columns | None = None
+    reader = RowReader(prompt_key, answer_key, "source", need_answers)
     first: dict[str, tuple[Row, str | None]] = {}
     for row in _rows_with_problems(path, report):
         report.rows += 1
         try:
-            if columns is None:
-                columns = find_columns(row, prompt_key, answer_key, "source", need_answers)
-                report.warnings += columns.notes
-            prompt = json.dumps(prompt_of(row, columns.prompt))
-            answer = answer_of(row, columns.answer) if columns.answer else None
+            prompt = json.dumps(reader.prompt(row))
+            answer = reader.answer(row)
         except DataError as error:
             report.problems.append(str(error))
             continue
@@ -108,11 +105,13 @@ def validate(
         if earlier is not row:
             where = earlier.place.removeprefix(f"{path}: ")
             if answer != expected:
+                key = reader.column("answer")
                 report.problems.append(
-                    f"{row.place}: key {columns.answer!r} is {answer!r}, for the same prompt in {where} {expected!r}"
+                    f"{row.place}: key {key!r} is {answer!r}, for the same prompt in {where} {expected!r}"
                 )
             else:
-                report.warnings.append(f"{row.place}: key {columns.prompt!r} repeats {where}")
+                report.warnings.append(f"{row.place}: key {reader.column('prompt')!r} repeats {where}")
+    report.warnings[:0] = reader.notes
     if report.rows == 0 and not report.problems:
         report.problems.append(f"{path}: the file is empty")
     return report
@@ -151,6 +150,7 @@ def main(arguments: list[str] | None = None) -> int:
     to_jsonl.add_argument("--source-key", default="source", help="column that names the data set")
     to_jsonl.add_argument("--name", default="", help="data set name of rows that have none")
     to_jsonl.add_argument("--drop-duplicates", action="store_true", help="keep a prompt's first row alone")
+    to_jsonl.add_argument("--no-answers", action="store_true", help="keep rows that have no answer")
     to_jsonl.add_argument("--overwrite", action="store_true", help="replace an existing file")
     check = commands.add_parser("validate", parents=[keys], help="name every line, key and problem of a prompts file")
     check.add_argument("file")
@@ -174,6 +174,7 @@ def _convert_command(options: argparse.Namespace) -> int:
         options.name,
         options.drop_duplicates,
         options.overwrite,
+        not options.no_answers,
     )
     for note in notes:
         print(note)

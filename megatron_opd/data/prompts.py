@@ -11,23 +11,20 @@ from functools import cached_property
 
 from megatron_opd.config import DataConfig, EvalSetConfig
 from megatron_opd.data.sources import (
-    Columns,
     DataError,
     Row,
-    answer_of,
-    find_columns,
+    RowReader,
+    broken_character,
     metadata_of,
-    prompt_of,
     read_rows,
     rows_of_function,
-    source_of,
 )
 from megatron_opd.data.tokenizer import Tokenizer, TokenizerError
 from megatron_opd.plugins import is_own
 from megatron_opd.types import Prompt
 
 GYM = "reasoning_gym:"
-GYM_COLUMNS = Columns("question", "answer", "source")
+GYM_COLUMNS = ("question", "answer", "source")
 GYM_EVAL_SIZE = 500
 GYM_STRIDE = 10_000_000  # item i of a stream is seeded with seed + i: seeds this far apart share no item
 
@@ -62,8 +59,11 @@ class PromptSet:
         return "; ".join([f"{self.path}: {len(self)} of {self.total} prompts, {left_out}", *self.notes])
 
 
-def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = False) -> PromptSet:
+def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = False, verifier: str = "") -> PromptSet:
     """Reads, templates and tokenizes the prompts that `data.prompts` names.
+
+    Args:
+        need_answers: refuse a prompt without a reference answer; `verifier` is what needs it.
 
     Raises:
         DataError: names the file, the line, the key and the problem; also where no prompt is left.
@@ -76,15 +76,16 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = Fa
         rows = rows_of_function(data.prompts, data.size, data.seed)
     else:
         rows = read_rows(data.prompts)
-    columns = GYM_COLUMNS if is_gym else None
+    columns = GYM_COLUMNS if is_gym else (data.prompt_key, data.answer_key, data.source_key)
+    reader = RowReader(*columns, need_answers, verifier)
+    for key, text in (("suffix", data.suffix), ("system", data.system or "")):
+        if half := broken_character(text):
+            raise DataError(f"data.{key}: holds {half}, half a character")
     found = PromptSet(data.prompts, [], 0, 0, 0, data.duplicates == "drop")
     seen: dict[str, tuple[str, list[int]]] = {}  # prompt as in the file -> text, tokens
     for row in rows:
-        if columns is None:
-            columns = find_columns(row, data.prompt_key, data.answer_key, data.source_key, need_answers)
-            found.notes += columns.notes
         found.total += 1
-        prompt = prompt_of(row, columns.prompt)
+        prompt = reader.prompt(row)
         key = prompt if isinstance(prompt, str) else json.dumps(prompt)
         repeated = key in seen
         found.duplicates += repeated
@@ -92,15 +93,13 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = Fa
             text = _text(row, prompt, data, tokenizer)
             seen[key] = text, tokenizer.encode(text, start=data.template == "none")
         text, tokens = seen[key]
-        # Some of reasoning-gym's problems have no reference answer: their scorers judge by the entry.
-        unanswered = is_gym and row.values["answer"] is None
-        answer = None if unanswered or columns.answer is None else answer_of(row, columns.answer)
+        answer = reader.answer(row)
         if repeated and data.duplicates == "drop":
             continue
         if len(tokens) > data.max_prompt_tokens:
             found.too_long += 1
             continue
-        found.prompts.append(Prompt(row.uid, text, tokens, answer, source_of(row, columns.source), metadata_of(row)))
+        found.prompts.append(Prompt(row.uid, text, tokens, answer, reader.source(row), metadata_of(row)))
     if found.total == 0:
         raise DataError(f"{data.prompts}: the file is empty")
     if not found.prompts:
@@ -108,6 +107,9 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = Fa
             f"{data.prompts}: all {found.total} prompts are longer than max_prompt_tokens: {data.max_prompt_tokens}; "
             f"the shortest has {min(len(tokens) for _, tokens in seen.values())} tokens"
         )
+    found.notes += reader.notes
+    if data.template == "chat" and tokenizer.writes_date:
+        found.notes.append(f"the chat template writes the date: always {data.date}, from data.date")
     return found
 
 
@@ -118,7 +120,7 @@ def load_eval_prompts(eval_set: EvalSetConfig, data: DataConfig, tokenizer: Toke
     changes |= {"prompts": eval_set.prompts, "seed": eval_set.seed, "duplicates": "keep"}
     changes |= {"size": eval_set.limit or GYM_EVAL_SIZE}
     try:
-        found = load_prompts(data.model_copy(update=changes), tokenizer, need_answers=True)
+        found = load_prompts(data.model_copy(update=changes), tokenizer, need_answers=True, verifier=eval_set.verifier)
     except DataError as error:
         raise DataError(f"eval set {eval_set.name}: {error}") from error
     found.prompts = found.prompts[: eval_set.limit]
@@ -139,7 +141,7 @@ def _text(row: Row, prompt: str | list[dict[str, str]], data: DataConfig, tokeni
     if data.system is not None and messages[0]["role"] != "system":
         messages.insert(0, {"role": "system", "content": data.system})
     try:
-        return tokenizer.chat(messages, data.thinking)
+        return tokenizer.chat(messages, data.thinking, data.date)
     except TokenizerError as error:
         raise TokenizerError(f"{row.place}: {error}") from error
 
@@ -156,7 +158,10 @@ def _gym_rows(data: DataConfig) -> Iterator[Row]:
         near = difflib.get_close_matches(name, DATASETS, n=1)
         hint = f"; did you mean {GYM}{near[0]}?" if near else f"; known are {', '.join(sorted(DATASETS))}"
         raise DataError(f"{data.prompts}: reasoning-gym has no data set {name!r}{hint}")
-    items = reasoning_gym.create_dataset(name, seed=data.seed * GYM_STRIDE, size=data.size)
+    try:
+        items = reasoning_gym.create_dataset(name, seed=data.seed * GYM_STRIDE, size=data.size)
+    except Exception as error:  # one needs a configuration of its own, others files
+        raise DataError(f"{data.prompts}: cannot be made: {error}") from error
     for i in range(data.size):
         entry = items[i]
         entry = {**entry, "metadata": {**entry["metadata"], "source_dataset": name}}

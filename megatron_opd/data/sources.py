@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import json
 import math
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +23,8 @@ from megatron_opd.plugins import load_part
 PROMPT_COLUMNS = ("prompt", "problem", "Problem", "question", "Question")
 ANSWER_COLUMNS = ("answer", "Answer", "reward_model.ground_truth", "expected_answer", "final_answer")
 SOURCE_COLUMNS = ("source", "data_source")
+# Data sets of reasoning-gym whose entries hold no reference answer.
+UNANSWERED_GYM_SETS = {"boxnet", "graph_color", "propositional_logic", "rubiks_cube", "rush_hour"}
 
 _MISSING = object()
 
@@ -35,16 +40,6 @@ class Row:
     uid: int
     place: str  # "FILE: line 3" or "FILE: row 3", counted from 1
     values: dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Which columns of a file are used; `notes` says where they are not the configured ones."""
-
-    prompt: str
-    answer: str | None
-    source: str | None
-    notes: tuple[str, ...] = ()
 
 
 def read_rows(path: str | Path) -> Iterator[Row]:
@@ -71,7 +66,7 @@ def rows_of_function(name: str, size: int, seed: int) -> Iterator[Row]:
             place = f"{name}: item {count + 1}"
             if not isinstance(values, Mapping):
                 raise DataError(f"{place}: must be an object with the prompt's columns, found {_type(values)}")
-            yield Row(count, place, dict(values))
+            yield Row(count, place, check_text(dict(values), place))
             count += 1
     except DataError:
         raise
@@ -79,32 +74,88 @@ def rows_of_function(name: str, size: int, seed: int) -> Iterator[Row]:
         raise DataError(f"data source {name} failed after {count} rows: {type(error).__name__}: {error}") from error
 
 
-def find_columns(row: Row, prompt: str, answer: str, source: str, need_answer: bool = False) -> Columns:
-    """Settles a file's columns by its first row: the configured ones, else those of the public data sets.
+class RowReader:
+    """Prompt, answer and source of a file's rows. Its columns are settled on the way: the configured one, else that of
+    the public data sets which the first row that has any of them has.
 
-    Raises:
-        DataError: no prompt column, or none with answers where they are needed; lists the row's keys.
+    An answer is missing where its column is, and where that holds null, NaN, "" or lists of nothing; an answer that is
+    missing or no text or number is refused with the row's place where one is needed, and counted where none is.
     """
-    notes: list[str] = []
 
-    def settle(role: str, key: str, known: tuple[str, ...]) -> str | None:
-        if lookup(row.values, key) is not None:
-            return key
-        for other in known:
-            if lookup(row.values, other) is not None:
-                notes.append(f"{role}_key: {key} is not in the file, took {other}")
-                return other
-        return None
+    def __init__(self, prompt: str, answer: str, source: str, need_answer: bool, verifier: str = "") -> None:
+        """verifier: that judges the responses; "" where it is not known."""
+        self.prompt_key, self.answer_key, self.source_key = prompt, answer, source
+        self.need_answer, self.verifier = need_answer, verifier
+        self.rows = self.answered = self.unanswered = 0
+        self._first_unanswered = ""
+        self._notes: list[str] = []
+        self._columns: dict[str, str] = {}
 
-    prompt_column = settle("prompt", prompt, PROMPT_COLUMNS)
-    if prompt_column is None:
-        raise missing_key(row, prompt)
-    answer_column = settle("answer", answer, ANSWER_COLUMNS)
-    if answer_column is None:
-        if need_answer:
-            raise missing_key(row, answer)
-        notes.append(f"answer_key: {answer} is not in the file, its prompts have no answers")
-    return Columns(prompt_column, answer_column, settle("source", source, SOURCE_COLUMNS), tuple(notes))
+    def prompt(self, row: Row) -> str | list[dict[str, str]]:
+        """The row's prompt: text, or checked chat messages that end with the user's. Raises DataError."""
+        self.rows += 1
+        key = self._column("prompt", row, self.prompt_key, PROMPT_COLUMNS)
+        if key is None:
+            raise missing_key(row, self.prompt_key)
+        return prompt_of(row, key)
+
+    def answer(self, row: Row) -> str | None:
+        """The row's reference answer as text, None where it has none. Raises DataError where one is needed."""
+        key = self._column("answer", row, self.answer_key, ANSWER_COLUMNS) or self.answer_key
+        try:
+            answer = answer_of(row, key)
+        except DataError:
+            if self.need_answer and not self._judged_by_its_entry(row):
+                raise
+            self.unanswered += 1
+            self._first_unanswered = self._first_unanswered or row.place
+            return None
+        self.answered += 1
+        return answer
+
+    def source(self, row: Row) -> str:
+        """The name of the data set that the row comes from, "" where it has none."""
+        key = self._column("source", row, self.source_key, SOURCE_COLUMNS)
+        value = lookup(row.values, key) if key else None
+        return "" if is_missing(value) else str(value)
+
+    def column(self, role: str) -> str:
+        """The column of the "prompt", "answer" or "source"."""
+        return self._columns.get(role, getattr(self, f"{role}_key"))
+
+    @property
+    def notes(self) -> list[str]:
+        """What was chosen for the user and what the file lacks, in words, once its rows have been read."""
+        notes = list(self._notes)
+        if self.unanswered and not self.answered:
+            notes.append(f"answer_key: {self.answer_key} is not in the file or empty, its prompts have no answers")
+        elif self.unanswered:
+            count = self.unanswered + self.answered
+            notes.append(f"{self.unanswered} of {count} rows have no usable answer, first {self._first_unanswered}")
+        return notes
+
+    def _column(self, role: str, row: Row, configured: str, known: tuple[str, ...]) -> str | None:
+        if role not in self._columns:
+            for key in (configured, *known):
+                value = lookup(row.values, key)
+                if value is not None if role == "prompt" else not is_missing(value):  # a blank prompt is an error
+                    self._columns[role] = key
+                    if key != configured:
+                        self._notes.append(f"{role}_key: {configured} is not in the file, took {key}")
+                    break
+        return self._columns.get(role)
+
+    def _judged_by_its_entry(self, row: Row) -> bool:
+        """Some of reasoning-gym's problems have no reference answer: their scorers judge by the entry."""
+        if self.verifier not in ("", "reasoning_gym"):
+            return False
+        entry = row.values.get("metadata")
+        with contextlib.suppress(ValueError):
+            entry = json.loads(entry) if isinstance(entry, str) else entry
+        entry = entry if isinstance(entry, dict) else {}
+        inner = entry["metadata"] if isinstance(entry.get("metadata"), dict) else entry
+        name = str(inner.get("source_dataset") or self.source(row).removeprefix("reasoning_gym:"))
+        return name in UNANSWERED_GYM_SETS
 
 
 def lookup(values: dict[str, Any], key: str) -> Any:
@@ -117,22 +168,45 @@ def lookup(values: dict[str, Any], key: str) -> Any:
     return None if value is _MISSING else value
 
 
+def plain(value: Any) -> Any:
+    """numpy's scalars and arrays as Python's own, decimals as numbers."""
+    if type(value).__module__ == "numpy":
+        value = value.tolist()
+    if isinstance(value, Decimal):
+        return float(value) if value.is_nan() else int(value) if value == value.to_integral_value() else str(value)
+    return value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value stands for none: null, NaN, blank text, lists of nothing."""
+    value = plain(value)
+    if value is None or type(value).__name__ in ("NAType", "NaTType"):  # pandas'
+        return True
+    if isinstance(value, float):
+        return math.isnan(value)
+    if isinstance(value, str):
+        return not value.strip()
+    return isinstance(value, (list, tuple)) and all(is_missing(x) for x in value)
+
+
 def missing_key(row: Row, key: str) -> DataError:
-    """The error for a row that lacks a key or has null there, with the keys that it has."""
-    keys = _paths(row.values)
-    if key in keys:
-        return DataError(f"{row.place}: key {key!r} is null")
-    return DataError(f"{row.place}: key {key!r} is missing; its keys are {', '.join(keys) or 'none'}")
+    """The error for a row that lacks a key or has nothing there, with the keys that it has."""
+    keys, value = _paths(row.values), plain(lookup(row.values, key))
+    if key not in keys:
+        return DataError(f"{row.place}: key {key!r} is missing; its keys are {', '.join(keys) or 'none'}")
+    if isinstance(value, str):
+        return DataError(f"{row.place}: key {key!r} is empty")
+    if isinstance(value, (list, tuple)):
+        return DataError(f"{row.place}: key {key!r} is a list of nothing")
+    return DataError(f"{row.place}: key {key!r} is {'NaN' if isinstance(value, float) else 'null'}")
 
 
 def prompt_of(row: Row, key: str) -> str | list[dict[str, str]]:
     """The row's prompt: text, or checked chat messages that end with the user's. Raises DataError."""
-    value = lookup(row.values, key)
-    if value is None:
+    value = plain(lookup(row.values, key))
+    if value is None or (isinstance(value, (float, str)) and is_missing(value)):
         raise missing_key(row, key)
     if isinstance(value, str):
-        if not value.strip():
-            raise DataError(f"{row.place}: key {key!r} is empty")
         return value
     if not isinstance(value, list):
         raise DataError(f"{row.place}: key {key!r} must be text or chat messages, found {_type(value)}")
@@ -154,22 +228,14 @@ def prompt_of(row: Row, key: str) -> str | list[dict[str, str]]:
 
 def answer_of(row: Row, key: str) -> str:
     """The row's reference answer as text; whole numbers stored as floats lose their ".0". Raises DataError."""
-    value = lookup(row.values, key)
-    if value is None:
+    value = plain(lookup(row.values, key))
+    if is_missing(value):
         raise missing_key(row, key)
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
         raise DataError(f"{row.place}: key {key!r} must be text or a number, found {_type(value)}")
-    if not str(value).strip():
-        raise DataError(f"{row.place}: key {key!r} is empty")
     return str(value)
-
-
-def source_of(row: Row, key: str | None) -> str:
-    """The name of the data set that the row comes from, "" where it has none."""
-    value = lookup(row.values, key) if key else None
-    return "" if value is None else str(value)
 
 
 def metadata_of(row: Row) -> dict[str, Any]:
@@ -186,11 +252,40 @@ def parse_json_line(line: bytes, place: str) -> dict[str, Any]:
         values = json.loads(line)
     except UnicodeDecodeError as error:
         raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{place}: broken JSON: {error}") from None
     if not isinstance(values, dict):
         raise DataError(f"{place}: must hold one JSON object a line, found {_type(values)}")
+    return check_text(values, place) if b"\\u" in line else values
+
+
+def check_text(values: dict[str, Any], place: str) -> dict[str, Any]:
+    """Raises DataError where a text holds half a character, which no tokenizer takes; returns the values."""
+    for key, text in _texts(values):
+        half = broken_character(text)
+        if half:
+            raise DataError(f"{place}: key {key!r} holds {half}, half a character; its text was cut there")
     return values
+
+
+def broken_character(text: str) -> str:
+    """The first lone surrogate of a text as it is written in JSON, "" where there is none."""
+    match = re.search("[\ud800-\udfff]", text)
+    return f"\\u{ord(match.group()):04x}" if match else ""
+
+
+def _texts(value: Any, path: str = "") -> Iterator[tuple[str, str]]:
+    """Every text in a value, keys included, with the path to it."""
+    if isinstance(value, str):
+        yield path, value
+    elif isinstance(value, Mapping):
+        for key, inner in value.items():
+            where = f"{path}.{key}" if path else str(key)
+            yield from _texts(key, where)
+            yield from _texts(inner, where)
+    elif isinstance(value, (list, tuple)):
+        for inner in value:
+            yield from _texts(inner, path)
 
 
 def _jsonl_rows(path: Path) -> Iterator[Row]:
@@ -209,11 +304,22 @@ def _parquet_rows(path: Path) -> Iterator[Row]:
     try:
         with pyarrow.parquet.ParquetFile(path) as file:
             for batch in file.iter_batches(batch_size=1024):
-                for values in batch.to_pylist():
+                for values in _values(batch):
                     yield Row(uid, f"{path}: row {uid + 1}", values)
                     uid += 1
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path}: row {uid + 1}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{path}: not a readable Parquet file, at row {uid + 1}: {error}") from error
+
+
+def _values(batch: Any) -> Iterator[dict[str, Any]]:
+    """The rows of an Arrow batch; one by one where a text is broken, so that the good ones before it come first."""
+    try:
+        yield from batch.to_pylist()
+    except UnicodeDecodeError:
+        for i in range(batch.num_rows):
+            yield from batch.slice(i, 1).to_pylist()
 
 
 def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 import re
@@ -9,6 +10,7 @@ from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.config.data import TEMPLATE_DATE
 from megatron_opd.errors import InputError
 
 HF_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.json")
@@ -32,14 +34,16 @@ class Tokenizer(ABC):
     """Where `eos_ids` come from, in words, for the log."""
     pad_id: int
     chat_template: str | None
+    writes_date = False
+    """Whether a chat so far had a date in it."""
 
     @abstractmethod
     def encode(self, text: str, start: bool = False) -> list[int]:
         """Ids of the text alone; `start` puts the BOS in front where this tokenizer's convention has one."""
 
     @abstractmethod
-    def decode(self, ids: list[int]) -> str:
-        """The text of the ids, without control pieces such as EOS."""
+    def decode(self, ids: list[int], keep: str = "") -> str:
+        """The text of the ids, without control pieces such as EOS, apart from those that occur in `keep`."""
 
     @abstractmethod
     def pieces(self) -> list[str]:
@@ -49,8 +53,9 @@ class Tokenizer(ABC):
     def _encoding_rules(self) -> str:
         """What else decides how text is split (merges, scores, normalisation), as text."""
 
-    def chat(self, messages: list[Message], thinking: bool | None = None) -> str:
-        """The chat template's text of the messages, up to where the response starts. Raises TokenizerError."""
+    def chat(self, messages: list[Message], thinking: bool | None = None, date: datetime.date = TEMPLATE_DATE) -> str:
+        """The chat template's text of the messages, up to where the response starts; `date` is what templates that
+        write today's date are given. Raises TokenizerError, also where a thinking switch changes nothing."""
         raise TokenizerError(f"{self.path} has no chat template; set data.template: none")
 
     def fingerprint(self) -> str:
@@ -96,14 +101,17 @@ class HuggingFaceTokenizer(Tokenizer):
         if isinstance(template, dict):
             template = template.get("default")
         self.chat_template = template
+        self._special = {i: t.content for i, t in self.hf.added_tokens_decoder.items() if t.special}
         self._starts = self.bos_id is not None and self.hf("a").input_ids[:1] == [self.bos_id]
 
     def encode(self, text: str, start: bool = False) -> list[int]:
         ids = list(self.hf(text, add_special_tokens=False).input_ids)
         return [self.bos_id, *ids] if start and self._starts and self.bos_id is not None else ids
 
-    def decode(self, ids: list[int]) -> str:
-        return self.hf.decode(ids, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    def decode(self, ids: list[int], keep: str = "") -> str:
+        if keep:
+            ids = [i for i in ids if i not in self._special or self._special[i] in keep]
+        return self.hf.decode(ids, skip_special_tokens=not keep, clean_up_tokenization_spaces=False)
 
     def pieces(self) -> list[str]:
         found = [""] * self.vocab_size
@@ -118,7 +126,7 @@ class HuggingFaceTokenizer(Tokenizer):
         rules = json.loads(backend.to_str())
         return json.dumps([rules.get(key) for key in ("normalizer", "pre_tokenizer", "model", "added_tokens")])
 
-    def chat(self, messages: list[Message], thinking: bool | None = None) -> str:
+    def chat(self, messages: list[Message], thinking: bool | None = None, date: datetime.date = TEMPLATE_DATE) -> str:
         if self.chat_template is None:
             return super().chat(messages)
         switches = [name for name in ("enable_thinking", "thinking") if _mentions(self.chat_template, name)]
@@ -127,9 +135,29 @@ class HuggingFaceTokenizer(Tokenizer):
                 f"thinking: {str(thinking).lower()}, but the chat template of {self.path} has no thinking switch; "
                 "set data.thinking: null"
             )
-        options = {} if thinking is None else {name: thinking for name in switches}
+        if thinking is None:
+            return self._rendered(messages, date)
+        text = self._rendered(messages, date, **dict.fromkeys(switches, thinking))
         try:
-            return self.hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **options)
+            other = self._rendered(messages, date, **dict.fromkeys(switches, not thinking))
+        except TokenizerError:  # who refuses the other way of thinking has a switch
+            return text
+        if text == other:
+            raise TokenizerError(
+                f"thinking: {str(thinking).lower()} changes nothing: the chat template of {self.path} sets "
+                f"{' and '.join(switches)} itself; set data.thinking: null, and what the template reads instead"
+            )
+        return text
+
+    def _rendered(self, messages: list[Message], date: datetime.date, **switches: bool) -> str:
+        def strftime_now(form: str) -> str:
+            self.writes_date = True
+            return datetime.datetime.combine(date, datetime.time()).strftime(form)
+
+        try:
+            return self.hf.apply_chat_template(
+                messages, tokenize=False, add_generation_prompt=True, strftime_now=strftime_now, **switches
+            )
         except Exception as error:  # a template may refuse messages with whatever jinja raises
             raise TokenizerError(f"the chat template of {self.path} refuses {messages!r}: {error}") from error
 
@@ -158,7 +186,7 @@ class SentencePieceTokenizer(Tokenizer):
         ids = self.sp.encode(text)
         return [self.bos_id, *ids] if start and self.bos_id is not None else ids
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int], keep: str = "") -> str:
         # a model may embed, and so sample, more ids than the tokenizer has
         unknown = self.sp.unk_id()
         return self.sp.decode([i if i < self.vocab_size else unknown for i in ids])

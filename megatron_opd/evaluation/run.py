@@ -18,7 +18,7 @@ from megatron_opd.data.tokenizer import Tokenizer
 from megatron_opd.errors import RunError
 from megatron_opd.evaluation.metrics import Answer, summarize
 from megatron_opd.evaluation.responses import ResponseFile, answer_of, request_key
-from megatron_opd.evaluation.verifiers import Case, VerifierPool
+from megatron_opd.evaluation.verifiers import Case, VerifierPool, response_text
 from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.types import END_LENGTH, Rollout
@@ -137,11 +137,8 @@ class _Judge:
 
     def add(self, rollouts: list[Rollout], keys: list[str]) -> None:
         """Verifies and saves new responses."""
-        texts = [self.tokenizer.decode(r.tokens.tolist()) for r in rollouts]
-        cases = []
-        for rollout, text in zip(rollouts, texts, strict=True):
-            prompt = rollout.prompt
-            cases.append(Case(text, prompt.answer or "", prompt.metadata, prompt.source))
+        texts = [response_text(r, self.tokenizer) for r in rollouts]
+        cases = [Case.of(rollout.prompt, text) for rollout, text in zip(rollouts, texts, strict=True)]
         records: list[dict[str, Any]] = []
         k = self.eval_set.config.responses_per_prompt
         for rollout, key, text, verdict in zip(rollouts, keys, texts, self.pool.score(cases), strict=True):

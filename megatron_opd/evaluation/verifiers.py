@@ -16,8 +16,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.data.tokenizer import Tokenizer
 from megatron_opd.errors import RunError
-from megatron_opd.types import Prompt
+from megatron_opd.evaluation.worker import THINKING, opened_thinking
+from megatron_opd.types import Prompt, Rollout
 
 WORKER = Path(__file__).with_name("worker.py")
 START_TIMEOUT_S = 120.0
@@ -36,6 +38,12 @@ class Case:
     answer: str
     metadata: dict[str, Any] = field(default_factory=dict)
     source: str = ""
+    opened: str = ""  # the marker of thinking that the prompt ends with
+
+    @classmethod
+    def of(cls, prompt: Prompt, response: str) -> Case:
+        """A response to a prompt."""
+        return cls(response, prompt.answer or "", prompt.metadata, prompt.source, opened_thinking(prompt.text))
 
 
 @dataclass(frozen=True)
@@ -107,6 +115,12 @@ class VerifierPool:
         self.close()
 
 
+def response_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
+    """What verifiers and people read: the response's text without control pieces, but with the marks of thinking, which
+    are control pieces to some tokenizers."""
+    return tokenizer.decode(rollout.tokens.tolist(), keep="".join(begin + end for begin, end in THINKING))
+
+
 def reference_problems(prompts: Sequence[Prompt], pool: VerifierPool) -> list[str]:
     """Checks that the reference answers can be verified: each must count as right when it is given as the answer, and
     math-verify must be able to read it, or answers that are written differently would all be wrong.
@@ -155,7 +169,7 @@ class _Worker:
 
     def score(self, case: Case, timeout_s: float) -> Verdict:
         connection = self._connection or self._start()
-        message = ("score", timeout_s, case.response, case.answer, case.metadata, case.source)
+        message = ("score", timeout_s, case.response, case.answer, case.metadata, case.source, case.opened)
         try:
             connection.send(message)
         except OSError:  # it died after its last answer: not this case's fault

@@ -3,7 +3,8 @@ what a verifier does to its process (hanging, running out of memory, crashing) s
 
 Messages over the connection whose file descriptor is the only argument:
     ("load", verifier, module search path)                      -> ("ready", None) or ("failed", text)
-    ("score", seconds, response, answer, metadata, source)      -> ("scored", (score, extracted)) or ("failed", text)
+    ("score", seconds, response, answer, metadata, source, opened)
+                                                                -> ("scored", (score, extracted)) or ("failed", text)
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import contextlib
 import ctypes
 import functools
 import importlib
+import json
 import logging
 import os
 import re
@@ -26,9 +28,9 @@ from typing import Any
 MEMORY_LIMIT = 8 << 30
 ANSWER_TAG = re.compile(r"<answer>(.*?)</answer>", re.DOTALL)  # reasoning-gym's convention
 
-# (response, answer, metadata, source) -> score from 0 to 1, and the answer found in the response
-Verifier = Callable[[str, str, dict[str, Any], str], tuple[float, "str | None"]]
-
+# (response, answer, metadata, source, the marker of thinking that the prompt ended with) -> score from 0 to 1, and the
+# answer found in the response
+Verifier = Callable[[str, str, dict[str, Any], str, str], tuple[float, "str | None"]]
 
 # How models and templates mark their thinking: what lies between is no answer, and neither is what a response that was
 # cut in its thinking has said so far.
@@ -36,10 +38,12 @@ THINKING = (
     ("<think>", "</think>"),
     ("<thinking>", "</thinking>"),
     ("<reasoning>", "</reasoning>"),
+    ("<thought>", "</thought>"),
     ("<seed:think>", "</seed:think>"),
     ("[THINK]", "[/THINK]"),
     ("◁think▷", "◁/think▷"),
     ("<|begin_of_thought|>", "<|end_of_thought|>"),
+    ("<|START_THINKING|>", "<|END_THINKING|>"),
     ("<|channel|>analysis<|message|>", "<|channel|>final<|message|>"),
 )
 BOX = re.compile(r"\\f?box(?:ed)?(?![A-Za-z])\s*")
@@ -48,11 +52,19 @@ ANSWER_LINE = re.compile(
     r"^[\s>*#_-]*(?:(?:the\s+)?(?:final\s+)?answer\s*(?:is\s*)?[*_]*\s*[:：]|####)(.*)$", re.I | re.M
 )
 # Between two boxes that are one answer: "\\boxed{1} and \\boxed{2}", "$x=\\boxed{1}$ or $x=\\boxed{2}$".
+NATURAL_LOGARITHM = re.compile(r"\\log\s*_\s*(?:e(?![A-Za-z])|\{\s*e\s*\})")  # math-verify reads no base e
 CONNECTED = re.compile(
     r"(?:[\s$,;&]|and|or|\\(?:text|mbox|mathrm)\{\s*(?:and|or)\s*\}|\\q?quad|\\[,;!()\[\]]|[A-Za-z]\w{0,2}\s*=)*"
 )
 # The letter of AMC's choices in front of the value: "\\textbf{(C)}\\ 18".
 CHOICE = re.compile(r"\A\\(?:text|textbf|mathrm|mathbf)\{\s*\(?[A-E]\)?\s*\}(?:\\[ ,;:]|\\q?quad|[~\s])+(?=\S)")
+
+
+def opened_thinking(prompt: str) -> str:
+    """The marker of thinking that a prompt ends with, as some chat templates leave it: what is generated is thinking
+    then, although it has no such marker of its own. "" where there is none."""
+    end = prompt.rstrip()
+    return next((begin for begin, _ in THINKING if end.endswith(begin)), "")
 
 
 def final_part(response: str) -> str:
@@ -150,10 +162,13 @@ def load_math() -> Verifier:
     no_limit: Any = None  # ours works on any thread and kills what does not listen
 
     def parsed(text: str) -> list[Any]:
-        return parse(f"\\boxed{{{text.strip('$')}}}", parsing_timeout=no_limit, fallback_mode="no_fallback")
+        text = NATURAL_LOGARITHM.sub(r"\\ln", text.strip("$"))
+        return parse(f"\\boxed{{{text}}}", parsing_timeout=no_limit, fallback_mode="no_fallback")
 
-    def score(response: str, answer: str, metadata: dict[str, Any], source: str) -> tuple[float, str | None]:
-        part = final_part(response)
+    def score(
+        response: str, answer: str, metadata: dict[str, Any], source: str, opened: str
+    ) -> tuple[float, str | None]:
+        part = final_part(opened + response)
         found = marked_answer(part)
         if not part.strip() or found == "":
             return 0.0, None
@@ -167,46 +182,95 @@ def load_math() -> Verifier:
         shown = found if found is not None else str(read[-1]) if read else None
         return float(verify(expected, read, timeout_seconds=no_limit, raise_on_error=True)), shown
 
-    score("\\boxed{\\frac{1}{2}}", "0.5", {}, "")  # compiles its patterns, outside anyone's time limit
+    score("\\boxed{\\frac{1}{2}}", "0.5", {}, "", "")  # compiles its patterns, outside anyone's time limit
     return score
 
 
 def load_reasoning_gym() -> Verifier:
     """The scorer of the data set that made the prompt; it is named in the metadata or in the source. The metadata is
-    that of reasoning-gym's entry, or the whole entry."""
-    from reasoning_gym import get_score_answer_fn
+    that of reasoning-gym's entry, or the whole entry, as it was made or as a file of JSON or Parquet gives it back."""
+    from reasoning_gym import create_dataset, get_score_answer_fn
 
     scorer = functools.cache(get_score_answer_fn)  # building one can take longer than scoring
 
-    def score(response: str, answer: str, metadata: dict[str, Any], source: str) -> tuple[float, str | None]:
-        if isinstance(metadata.get("metadata"), dict):
-            entry = metadata
+    @functools.cache
+    def examples(name: str) -> list[Any]:
+        items = create_dataset(name, seed=0, size=5)
+        return [items[i]["metadata"] for i in range(5)]
+
+    def score(
+        response: str, answer: str, metadata: dict[str, Any], source: str, opened: str
+    ) -> tuple[float, str | None]:
+        metadata = _object(metadata)
+        if len(metadata) == 1 and "metadata" in metadata:  # a column of text
+            metadata = _object(metadata["metadata"])
+        if "metadata" in metadata:
+            entry = {**metadata, "metadata": _object(metadata["metadata"])}
         else:
             entry = {"question": metadata.get("question"), "answer": answer, "metadata": metadata}
         name = entry["metadata"].get("source_dataset") or source.removeprefix("reasoning_gym:")
-        found = final_answer(response)
-        return float(scorer(name)(found, entry)), found
+        found = final_answer(opened + response)
+        scored = scorer(name)
+        entry["metadata"] = types_restored(entry["metadata"], examples(name))
+        return max(float(scored(text, entry)) for text in _with_blanks(found, entry.get("answer"))), found
 
     return score
+
+
+def _object(value: Any) -> dict[str, Any]:
+    """An object that a file keeps as such or as text of JSON."""
+    if isinstance(value, str):
+        value = json.loads(value)
+    if not isinstance(value, dict):
+        raise ValueError(f"the metadata must be reasoning-gym's entry, not {str(value)[:80]!r}")
+    return value
+
+
+def _with_blanks(text: str, answer: Any) -> set[str]:
+    """The answer, and with the blanks around the reference that marking an answer takes away."""
+    return {text, answer} if isinstance(answer, str) and answer.strip() == text else {text}
+
+
+def types_restored(value: Any, examples: list[Any]) -> Any:
+    """`value`, which JSON or Parquet may have changed, with the types of the same data set's `examples`: lists that
+    were tuples, keys that were numbers."""
+    if isinstance(value, (list, tuple)):
+        lists = [e for e in examples if isinstance(e, (list, tuple))]
+        values = [types_restored(x, [x for e in lists for x in e]) for x in value]
+        return tuple(values) if lists and all(isinstance(e, tuple) for e in lists) else values
+    if isinstance(value, dict):
+        objects = [e for e in examples if isinstance(e, dict)]
+        keys = {key for e in objects for key in e}
+        numbered = bool(keys) and all(isinstance(key, int) for key in keys)
+        restored = {}
+        for key, inner in value.items():
+            of_key = [e[key] for e in objects if key in e] or [x for e in objects for x in e.values()]
+            restored[int(key) if numbered and isinstance(key, str) else key] = types_restored(inner, of_key)
+        return restored
+    return value
 
 
 def load_exact() -> Verifier:
     """Equal text, blanks at the ends aside."""
 
-    def score(response: str, answer: str, metadata: dict[str, Any], source: str) -> tuple[float, str | None]:
-        found = final_answer(response)
+    def score(
+        response: str, answer: str, metadata: dict[str, Any], source: str, opened: str
+    ) -> tuple[float, str | None]:
+        found = final_answer(opened + response)
         return float(found == answer.strip()), found
 
     return score
 
 
 def load_custom(name: str) -> Verifier:
-    """A user's own MODULE:FUNCTION, called with (response, answer, metadata)."""
+    """A user's own MODULE:FUNCTION, called with (response, answer, metadata), the response as it was generated."""
     module, _, function = name.partition(":")
     own = getattr(importlib.import_module(module), function)
 
-    def score(response: str, answer: str, metadata: dict[str, Any], source: str) -> tuple[float, str | None]:
-        return float(own(response, answer, metadata)), final_answer(response)
+    def score(
+        response: str, answer: str, metadata: dict[str, Any], source: str, opened: str
+    ) -> tuple[float, str | None]:
+        return float(own(response, answer, metadata)), final_answer(opened + response)
 
     return score
 

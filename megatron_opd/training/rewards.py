@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from megatron_opd.config import Config
 from megatron_opd.data.tokenizer import Tokenizer
-from megatron_opd.evaluation.verifiers import Case, VerifierPool
+from megatron_opd.evaluation.verifiers import Case, VerifierPool, response_text
 from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.rollout.base import Request
 from megatron_opd.scoring.in_flight import generated_past_drift
@@ -39,8 +39,7 @@ class PastDriftRewards:
         return rewards
 
     def _case(self, rollout: Rollout) -> Case:
-        prompt, response = rollout.prompt, self.tokenizer.decode(rollout.tokens.tolist())
-        return Case(response, prompt.answer or "", prompt.metadata, prompt.source)
+        return Case.of(rollout.prompt, response_text(rollout, self.tokenizer))
 
     def close(self) -> None:
         if self.verifiers is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import json
 import subprocess
 import sys
@@ -121,3 +122,24 @@ def test_the_tool_runs_without_torch_and_exits_with_2_on_a_wrong_call(tmp_path, 
     assert done.returncode == 0, done.stderr
     assert run("validate", str(tmp_path / "none")).returncode == 1
     assert run("frobnicate").returncode == 2
+
+
+def test_missing_answers_are_refused_by_line_or_kept_on_request(tmp_path, capsys):
+    path, out = tmp_path / "p.jsonl", tmp_path / "out.jsonl"
+    path.write_text('{"prompt": "1", "answer": NaN}\n{"prompt": "2", "answer": ""}\n{"prompt": "3", "answer": 3.0}\n')
+    for command in (["convert", str(path), "--out", str(out)], ["validate", str(path)]):
+        assert main(command) == 1
+        assert "line 1: key 'answer' is" in capsys.readouterr().err
+        assert main([*command, "--no-answers"]) == 0
+        assert f"2 of 3 rows have no usable answer, first {path}: line 1" in capsys.readouterr().out
+    assert lines(out) == [{"prompt": "1", "source": ""}, {"prompt": "2", "source": ""}] + [
+        {"prompt": "3", "answer": "3", "source": ""}
+    ]
+
+
+def test_what_json_cannot_hold_names_the_row(tmp_path, capsys):
+    path = tmp_path / "p.parquet"
+    row = {"prompt": "1", "answer": "2", "metadata": {"day": datetime.date(2024, 1, 1)}}
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist([row]), path)
+    assert main(["convert", str(path), "--out", str(tmp_path / "o.jsonl")]) == 1
+    assert "row 1: its metadata cannot be written as JSON" in capsys.readouterr().err

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import json
+import math
+import sys
+from decimal import Decimal
 
+import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -12,7 +16,7 @@ from megatron_opd.config import DataConfig, EvalSetConfig
 from megatron_opd.data.prompts import load_eval_prompts, load_prompts
 from megatron_opd.data.sources import DataError
 from megatron_opd.data.tokenizer import TokenizerError, load_tokenizer
-from tests.data.make_tokenizers import make_hugging_face, make_sentencepiece
+from tests.data.make_tokenizers import THINKING_TEMPLATE, make_hugging_face, make_sentencepiece
 
 
 @pytest.fixture(scope="module")
@@ -236,3 +240,156 @@ def test_eval_sets_take_the_rest_from_data(write, sp):
         load_eval_prompts(own, data, sp)
     gym = EvalSetConfig(name="g", prompts="reasoning_gym:chain_sum", limit=7)
     assert len(load_eval_prompts(gym, data.model_copy(update={"max_prompt_tokens": 1000}), sp)) == 7
+
+
+DISGUISES = {
+    "null": None,
+    "NaN": math.nan,
+    "empty": "",
+    "blank": " \n",
+    "empty list": [],
+    "lists of nothing": [[None, ""], []],
+    "numpy NaN": np.float32("nan"),
+    "numpy text": np.str_(""),
+    "numpy array": np.array([]),
+    "decimal NaN": Decimal("NaN"),
+}
+ROWS: list[dict] = []
+
+
+def rows(size: int, seed: int) -> list[dict]:
+    return ROWS
+
+
+@pytest.fixture
+def own_rows(monkeypatch):
+    """A source of rows that no file can hold."""
+    monkeypatch.setattr(sys.modules[__name__], "ROWS", ROWS)
+    return lambda *given: (ROWS.__setitem__(slice(None), given), f"{__name__}:rows")[1]
+
+
+@pytest.mark.parametrize("place", [0, 1, 2])
+@pytest.mark.parametrize("kind", [*DISGUISES, "absent"])
+def test_a_missing_answer_in_any_disguise(own_rows, sp, kind, place):
+    given = [{"prompt": str(i), "answer": str(i)} for i in range(3)]
+    del given[place]["answer"]
+    if kind in DISGUISES:
+        given[place]["answer"] = DISGUISES[kind]
+    source = own_rows(*given)
+    found = load_prompts(plain(source), sp)
+    assert [p.answer for p in found.prompts] == [None if i == place else str(i) for i in range(3)]
+    assert f"1 of 3 rows have no usable answer, first {source}: item {place + 1}" in found.summary()
+    with pytest.raises(
+        DataError, match=f"item {place + 1}: key 'answer' is (missing|null|NaN|empty|a list of nothing)"
+    ):
+        load_prompts(plain(source), sp, need_answers=True)
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
+@pytest.mark.parametrize("value", [None, math.nan, ""])
+def test_files_treat_missing_answers_alike(write, sp, name, value):
+    kind = float if isinstance(value, float) else str
+    given = [{"problem": "a", "Answer": value}, *({"problem": f"q{i}", "Answer": kind(i)} for i in (1, 2))]
+    path = write(*given, name=name)
+    found = load_prompts(plain(path), sp)
+    assert [p.answer for p in found.prompts] == [None, "1", "2"]
+    assert "took Answer" in found.summary() and "1 of 3 rows" in found.summary()
+    with pytest.raises(DataError, match="(line|row) 1: key 'answer' is missing; its keys are problem, Answer"):
+        load_prompts(plain(path), sp, need_answers=True)
+    nothing = write(*({**row, "Answer": value} for row in given), name="n" + name)
+    assert "have no answers" in load_prompts(plain(nothing), sp).summary()
+
+
+def test_answers_of_other_types(own_rows, sp):
+    values = [
+        np.int64(5),
+        np.float64(2.0),
+        np.float32(0.5),
+        np.str_("x"),
+        Decimal("3.00"),
+        Decimal("2.50"),
+        np.array(7),
+    ]
+    source = own_rows(*({"prompt": str(i), "answer": value} for i, value in enumerate(values)))
+    assert [p.answer for p in load_prompts(plain(source), sp, need_answers=True).prompts] == [
+        *("5", "2", "0.5", "x", "3", "2.50", "7")
+    ]
+    several = own_rows({"prompt": "1", "answer": ["1", "2"]}, {"prompt": np.array([{"role": "user", "content": "a"}])})
+    assert [p.answer for p in load_prompts(plain(several), sp).prompts] == [None, None]
+    with pytest.raises(DataError, match="item 1: key 'answer' must be text or a number, found a list"):
+        load_prompts(plain(several), sp, need_answers=True)
+
+
+def test_problems_without_reference_answers_need_the_verifier_that_reads_their_entries(sp):
+    data = plain("reasoning_gym:graph_color", size=2)
+    assert [p.answer for p in load_prompts(data, sp, True, "reasoning_gym").prompts] == [None, None]
+    with pytest.raises(DataError, match="reasoning_gym:graph_color: item 1: key 'answer' is null"):
+        load_prompts(data, sp, True, "math")
+    with pytest.raises(DataError, match="reasoning_gym:composite: "):
+        load_prompts(plain("reasoning_gym:composite"), sp)
+
+
+def test_half_a_character_names_the_line(tmp_path, own_rows, sp):
+    path = tmp_path / "p.jsonl"
+    for bad, key in (
+        ('{"prompt": "half \\ud83d", "answer": "1"}', "prompt"),
+        ('{"prompt": [{"role": "user", "content": "\\uDE00x"}], "answer": "1"}', "prompt.content"),
+        ('{"prompt": "x", "answer": "1", "metadata": {"a": ["b\\ud800"]}}', "metadata.a"),
+    ):
+        path.write_text('{"prompt": "a whole one: \\ud83d\\ude00", "answer": "1"}\n' + bad + "\n")
+        with pytest.raises(DataError, match=rf"p.jsonl: line 2: key '{key}' holds \\u[d8]\w+, half a character"):
+            load_prompts(plain(str(path)), sp)
+    with pytest.raises(DataError, match="item 1: key 'prompt' holds"):
+        load_prompts(plain(own_rows({"prompt": "\ud83d"})), sp)
+    path.write_text('{"prompt": "a", "answer": "1"}\n')
+    with pytest.raises(DataError, match="data.suffix: holds"):
+        load_prompts(plain(str(path), suffix="\ud83d"), sp)
+    offsets = pyarrow.array([0, 1, 3], pyarrow.int32()).buffers()[1]
+    column = pyarrow.StringArray.from_buffers(2, offsets, pyarrow.py_buffer(b"a\xf0\x9f"))
+    pyarrow.parquet.write_table(pyarrow.table({"prompt": column}), tmp_path / "p.parquet")
+    with pytest.raises(DataError, match="p.parquet: row 2: not UTF-8 text"):
+        load_prompts(plain(str(tmp_path / "p.parquet")), sp)
+
+
+def test_deeply_nested_json_is_broken_json(write, sp):
+    with pytest.raises(DataError, match="line 1: broken JSON"):
+        load_prompts(plain(write('{"prompt": ' + "[" * 100_000)), sp)
+
+
+DATED = "{{ 'Today: ' + strftime_now('%d %b %Y, %H:%M') + '\n' }}" + THINKING_TEMPLATE
+
+
+def test_templates_that_write_the_date_write_the_configured_one(tmp_path, write):
+    tokenizer = load_tokenizer(make_hugging_face(tmp_path / "t", template=DATED))
+    data = DataConfig(prompts=write({"prompt": "1+2?"}))
+    found = load_prompts(data, tokenizer)
+    assert found.prompts[0].text.startswith("Today: 26 Jul 2024, 00:00\n")
+    assert "the chat template writes the date: always 2024-07-26, from data.date" in found.summary()
+    other = load_prompts(DataConfig(prompts=data.prompts, date="2025-01-31"), tokenizer)
+    assert other.prompts[0].text.startswith("Today: 31 Jan 2025") and other.fingerprint != found.fingerprint
+    (evaluated,) = load_eval_prompts(EvalSetConfig(name="e", prompts=write(GOOD)), data, tokenizer).prompts
+    assert evaluated.text.startswith("Today: 26 Jul 2024")
+
+
+def test_a_template_without_a_date_says_nothing(hf, write):
+    assert "writes the date" not in load_prompts(DataConfig(prompts=write({"prompt": "1"})), hf).summary()
+
+
+@pytest.mark.parametrize("thinking", [True, False])
+def test_a_thinking_switch_that_changes_nothing_is_refused(tmp_path, write, thinking):
+    sets_it = "{%- set enable_thinking = messages|length > 1 -%}" + THINKING_TEMPLATE
+    tokenizer = load_tokenizer(make_hugging_face(tmp_path / "t", template=sets_it))
+    path = write(GOOD)
+    with pytest.raises(
+        TokenizerError, match=f"line 1: thinking: {str(thinking).lower()} changes nothing: .*enable_thi"
+    ):
+        load_prompts(DataConfig(prompts=path, thinking=thinking), tokenizer)
+    assert load_prompts(DataConfig(prompts=path), tokenizer).prompts
+
+
+def test_a_template_that_refuses_one_way_of_thinking_has_a_switch(tmp_path, write):
+    template = "{%- if not enable_thinking %}{{ raise_exception('always thinks') }}{%- endif %}" + THINKING_TEMPLATE
+    tokenizer = load_tokenizer(make_hugging_face(tmp_path / "t", template=template))
+    assert load_prompts(DataConfig(prompts=write(GOOD), thinking=True), tokenizer).prompts
+    with pytest.raises(TokenizerError, match="always thinks"):
+        load_prompts(DataConfig(prompts=write(GOOD), thinking=False), tokenizer)

@@ -9,10 +9,20 @@ import sys
 import threading
 
 import pytest
+import torch
 
+from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.evaluation import worker
-from megatron_opd.evaluation.verifiers import Case, Verdict, VerifierError, VerifierPool, reference_problems
-from megatron_opd.types import Prompt
+from megatron_opd.evaluation.verifiers import (
+    Case,
+    Verdict,
+    VerifierError,
+    VerifierPool,
+    reference_problems,
+    response_text,
+)
+from megatron_opd.types import Prompt, Rollout
+from tests.data.make_tokenizers import make_hugging_face
 from tests.evaluation import verifier_table
 
 OWN = "tests.evaluation.own_verifiers:misbehave"
@@ -231,3 +241,53 @@ def test_the_table_of_hand_decided_pairs():
     wrong = [p for said, p in zip(verdicts, table, strict=True) if said and not p["right"]]
     assert len(table) >= 300 and precision == 1, wrong
     assert recall > 0.96, [p for said, p in zip(verdicts, table, strict=True) if p["right"] and not said]
+
+
+THOUGHT = "Perhaps \\boxed{41}. No."
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "right"),
+    [
+        ("...assistant\n<think>\n", f"{THOUGHT}</think>\n\\boxed{{42}}", True),
+        ("...assistant\n<think>\n", "It is \\boxed{42}, I think, but let me", False),  # cut in its thinking
+        ("...assistant\n<think>", "<think>It is \\boxed{42}", False),  # the model writes the marker again
+        ("...assistant\n<think>\n\n</think>\n\n", "\\boxed{42}", True),  # thinking switched off
+        ("Write <think> before you think.\nassistant\n", "\\boxed{42}", True),
+        ("[INST] 6*7? [/INST][THINK]", f"{THOUGHT}[/THINK]\\boxed{{42}}", True),
+        ("[INST] 6*7? [/INST][THINK]", "\\boxed{42}", False),
+        ("<|start|>assistant<|channel|>analysis<|message|>", "\\boxed{42}", False),
+        (
+            "<|start|>assistant<|channel|>analysis<|message|>",
+            f"{THOUGHT}<|channel|>final<|message|>\\boxed{{42}}",
+            True,
+        ),
+        ("assistant\n<thought>\n", "\\boxed{42}", False),
+    ],
+)
+def test_thinking_that_the_prompt_opens(math, prompt, response, right):
+    (verdict,) = math.score([Case.of(Prompt(0, prompt, [], "42"), response)])
+    assert verdict.correct is right and verdict.problem is None
+
+
+def test_every_verifier_of_ours_knows_the_thinking_that_the_prompt_opens():
+    prompt = Prompt(0, "<think>\n", [], "4", "reasoning_gym:chain_sum", {"source_dataset": "chain_sum"})
+    for name in ("exact", "reasoning_gym"):
+        with VerifierPool(name, workers=1) as pool:
+            finished, cut = pool.score([Case.of(prompt, text) for text in ("2+2</think>4", "4")])
+        assert finished.correct and not cut.correct
+    with VerifierPool(OWN, workers=1) as pool:  # a verifier of one's own gets what was generated
+        assert pool.score([Case.of(Prompt(0, "<think>\n", [], "ok"), "ok")])[0].correct
+
+
+def test_marks_of_thinking_that_are_control_pieces_are_read(tmp_path, math):
+    tokenizer = load_tokenizer(make_hugging_face(tmp_path, extra=("[THINK]", "[/THINK]", "<|tool|>")))
+    text = f"[THINK]{THOUGHT}[/THINK]<|tool|>\\boxed{{42}}<|im_end|>"
+    tokens, none = torch.tensor(tokenizer.encode(text)), torch.zeros(0)
+    rollout = Rollout(Prompt(0, "", [], "42"), 0, tokens, none, none, none, "eos", 0)
+    read = response_text(rollout, tokenizer)
+    assert read == f"[THINK]{THOUGHT}[/THINK]\\boxed{{42}}"
+    assert tokenizer.decode(tokens.tolist()) == f"{THOUGHT}\\boxed{{42}}"
+    cut = rollout.__class__(rollout.prompt, 0, tokens[: len(tokens) // 2], none, none, none, "length", 0)
+    verdicts = math.score([Case.of(r.prompt, response_text(r, tokenizer)) for r in (rollout, cut)])
+    assert [v.correct for v in verdicts] == [True, False]
