@@ -259,12 +259,12 @@ def parse_json_line(line: bytes, place: str) -> dict[str, Any]:
     return check_text(values, place) if b"\\u" in line else values
 
 
-def check_text(values: dict[str, Any], place: str) -> dict[str, Any]:
+def check_text(values: dict[str, Any], where: str) -> dict[str, Any]:
     """Raises DataError where a text holds half a character, which no tokenizer takes; returns the values."""
     for key, text in _texts(values):
         half = broken_character(text)
         if half:
-            raise DataError(f"{place}: key {key!r} holds {half}, half a character; its text was cut there")
+            raise DataError(f"{where}: key {key!r} holds {half}, half a character; its text was cut there")
     return values
 
 
