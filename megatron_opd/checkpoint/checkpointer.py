@@ -9,19 +9,21 @@ from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.validation import StrictHandling
+from megatron.core.optimizer import MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opd.checkpoint import directory
 from megatron_opd.checkpoint.directory import Found
 from megatron_opd.checkpoint.rng import rng_state, set_rng_state
 from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, parameter_entries, set_adam_step
 from megatron_opd.checkpoint.writer import ShardWriter
-from megatron_opd.compat.dist_checkpointing import METADATA
+from megatron_opd.compat.dist_checkpointing import METADATA, WriteResult
 from megatron_opd.compat.megatron import restart_scheduler
 from megatron_opd.config import Config
 from megatron_opd.errors import RepeatingError, describe
@@ -49,13 +51,30 @@ class CheckpointError(RepeatingError):
     """A run cannot be resumed or can no longer be saved; the message names the checkpoint and the reason."""
 
 
+class Trained(Protocol):
+    """What a checkpoint is made of."""
+
+    @property
+    def student(self) -> Model: ...
+
+    @property
+    def optimizer(self) -> MegatronOptimizer: ...
+
+    @property
+    def scheduler(self) -> OptimizerParamScheduler: ...
+
+
+T = TypeVar("T")
+Shards = tuple[list[WriteResult], list[WriteResult]]  # one rank's, of parameters and optimizer
+
+
 @dataclass
 class _Save:
     """A save in progress. `work` is this rank's part of the present act: its shards, then the sealing on rank 0."""
 
     step: int
     partial: Path
-    work: Future[Any]
+    work: Future[Shards | None]
     sealing: bool = False
 
 
@@ -65,11 +84,11 @@ class Checkpointer:
     A failed save does not stop training. It is repeated at the following steps; `warning` says so until one succeeds.
     """
 
-    def __init__(self, config: Config, trainer: Any, say: Callable[[str], None]) -> None:
-        """`trainer` has the student, its optimizer and scheduler; `say` prints a line for the user (on one rank)."""
+    def __init__(self, config: Config, trainer: Trained, say: Callable[[str], None]) -> None:
+        """`say` prints a line for the user (on one rank)."""
         self.config, self.settings = config, config.checkpoint
         self.trainer, self.say = trainer, say
-        self.student: Model = trainer.student
+        self.student = trainer.student
         self.root = directory.checkpoints_dir(config.run_dir)
         self.last_step: int | None = None  # of the newest complete checkpoint
         self.failures = 0  # in a row
@@ -175,7 +194,7 @@ class Checkpointer:
             }
         )
 
-        def write() -> Any:
+        def write() -> Shards | None:
             if is_rank_0():
                 copy_side_files(self.config.student.model, partial, self.student.config.params_dtype)
                 (partial / directory.STATE).write_text(text, encoding="utf-8")
@@ -209,12 +228,12 @@ class Checkpointer:
             self.last_step, self.failures, self.problem = save.step, 0, ""
             self.say(f"checkpoint of step {save.step} saved")
         else:
-            results = [result for _, result in outcomes]
+            results = [result for _, result in outcomes if result is not None]
             save.work = self._start(lambda: self._seal(save, results), background=not wait)
             save.sealing = True
             self._advance(wait)
 
-    def _seal(self, save: _Save, results: list[Any]) -> None:
+    def _seal(self, save: _Save, results: list[Shards]) -> None:
         if not is_rank_0():
             return
         self._parameters.finish([parameters for parameters, _ in results], save.partial / directory.PARAMETERS)
@@ -238,10 +257,10 @@ class Checkpointer:
                 f"{problem}. The last complete checkpoint: {last}. Make room or repair {self.root}, then start again"
             )
 
-    def _start(self, work: Callable[[], Any], background: bool) -> Future[Any]:
+    def _start(self, work: Callable[[], T], background: bool) -> Future[T]:
         if background:
             return self._background.submit(work)
-        future: Future[Any] = Future()
+        future: Future[T] = Future()
         try:
             future.set_result(work())
         except Exception as error:  # any: the other ranks must hear of it

@@ -8,7 +8,6 @@ finish   rank 0 writes the metadata from what all ranks report
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,6 +15,8 @@ from torch import Tensor
 
 from megatron_opd.compat.dist_checkpointing import (
     Entries,
+    Metadata,
+    SavePlan,
     WriteItem,
     WriteResult,
     agree_on_plan,
@@ -30,8 +31,8 @@ class ShardWriter:
     """Writes the same tensors again and again, each time into another directory."""
 
     def __init__(self) -> None:
-        self._plan: Any = None
-        self._metadata: Any = None  # on rank 0
+        self._plan: SavePlan | None = None
+        self._metadata: Metadata | None = None  # on rank 0, once there is a plan
         self._host: list[Tensor] = []  # copies that the background writes from, kept for the next save
 
     def prepare(self, entries: Entries, copy_to_host: bool) -> list[tuple[WriteItem, Tensor]]:
@@ -51,6 +52,7 @@ class ShardWriter:
 
     def finish(self, results: list[list[WriteResult]], directory: Path) -> None:
         """Rank 0: writes the metadata of all ranks' results. Raises OSError."""
+        assert self._metadata is not None  # prepare() has made it here
         write_metadata(directory, self._metadata, results)
 
     def _copied(self, items: list[tuple[WriteItem, Tensor]]) -> list[tuple[WriteItem, Tensor]]:

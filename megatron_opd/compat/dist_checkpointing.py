@@ -26,12 +26,13 @@ from torch import Tensor
 from torch.distributed import checkpoint
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.filesystem import _StorageInfo
-from torch.distributed.checkpoint.planner import WriteItem
+from torch.distributed.checkpoint.metadata import Metadata
+from torch.distributed.checkpoint.planner import SavePlan, WriteItem
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.distributed.checkpoint.utils import _DistWrapper
 from torch.futures import Future
 
-__all__ = ["CheckpointException", "WriteItem", "WriteResult"]
+__all__ = ["CheckpointException", "Metadata", "SavePlan", "WriteItem", "WriteResult"]
 
 FORMAT = ("torch_dist", 1)
 METADATA = ".metadata"  # torch's index of a checkpoint; written last
@@ -47,11 +48,11 @@ def save_planner(entries: Entries, is_coordinator: bool) -> MCoreSavePlanner:
     return planner
 
 
-def agree_on_plan(planner: MCoreSavePlanner) -> tuple[Any, Any]:
+def agree_on_plan(planner: MCoreSavePlanner) -> tuple[SavePlan, Metadata | None]:
     """This rank's plan, whose `items` it writes, and on rank 0 the checkpoint's metadata. Collective over the world."""
-    metadata: list[Any] = [None]
+    metadata: list[Metadata | None] = [None]
 
-    def global_step(plans: list[Any]) -> list[Any]:
+    def global_step(plans: list[SavePlan]) -> list[SavePlan]:
         plans, metadata[0] = planner.create_global_plan(plans)
         return plans
 
@@ -85,7 +86,7 @@ def write_shards(
     return results
 
 
-def write_metadata(directory: Path, metadata: Any, results: list[list[WriteResult]]) -> None:
+def write_metadata(directory: Path, metadata: Metadata, results: list[list[WriteResult]]) -> None:
     """On rank 0, from all ranks' results: what makes a directory of shards a checkpoint. Raises OSError."""
     checkpoint.FileSystemWriter(directory).finish(metadata, results)
     torch.save({}, directory / _COMMON)

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt import GPTModel
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_decoder_block_spec
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -133,7 +134,7 @@ def layer_numbers(chunk: GPTModel) -> list[int]:
 
 def set_rotary(chunk: GPTModel, frequencies: Tensor, wrapper: Callable[[torch.nn.Module], torch.nn.Module]) -> None:
     """Gives the rotary embedding its frequencies [rotary dimensions / 2] and puts `wrapper` of it in its place."""
-    rotary: Any = chunk.rotary_pos_emb
+    rotary: RotaryEmbedding = chunk.rotary_pos_emb
     rotary.inv_freq = frequencies.to(rotary.inv_freq.device)
     chunk.rotary_pos_emb = wrapper(rotary)
 

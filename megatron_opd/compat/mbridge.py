@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from mbridge.core.llm_bridge import LLMBridge
 from mbridge.core.parallel_states import ParallelStates
 from mbridge.models.llama import LLaMABridge
 from mbridge.models.qwen2 import Qwen2Bridge
@@ -18,8 +19,9 @@ from mbridge.models.qwen3moe import Qwen3MoEBridge
 from megatron.core.process_groups_config import ProcessGroupCollection
 from megatron.core.transformer import TransformerConfig
 from torch import Tensor
+from transformers import PretrainedConfig
 
-CLASSES: dict[str, Any] = {
+CLASSES: dict[str, type[LLMBridge]] = {
     "llama": LLaMABridge,
     "qwen2": Qwen2Bridge,
     "qwen3": Qwen3Bridge,
@@ -42,7 +44,7 @@ class Bridge:
     def __init__(
         self,
         model_type: str,
-        hf_config: Any,
+        hf_config: PretrainedConfig,
         dtype: torch.dtype,
         groups: ProcessGroupCollection,
         virtual_pipeline: int,

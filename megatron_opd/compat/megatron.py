@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from megatron.core.optimizer import ChainedOptimizer, DistributedOptimizer, MegatronOptimizer
+from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
 from torch import Tensor
 
@@ -64,10 +66,11 @@ class P2PWithKnownShapes(P2PCommunicator):
         return self.known_shapes(recv_prev, recv_next)
 
 
-def base_optimizers(optimizer: Any) -> list[Any]:
+def base_optimizers(optimizer: MegatronOptimizer) -> list[MegatronOptimizer]:
     """Megatron-Core's optimizers inside a chained one (dense parameters, experts) that hold parameters here. Each has
     the torch optimizer that does the updates as its `optimizer`."""
-    return [one for one in getattr(optimizer, "chained_optimizers", [optimizer]) if one.optimizer is not None]
+    chained = optimizer.chained_optimizers if isinstance(optimizer, ChainedOptimizer) else [optimizer]
+    return [one for one in chained if one.optimizer is not None]
 
 
 @dataclass(frozen=True)
@@ -78,17 +81,17 @@ class Updated:
     start: int | None  # where the flat range starts in the parameter; None: `tensor` has the parameter's shape
 
 
-def is_distributed(optimizer: Any) -> bool:
+def is_distributed(optimizer: MegatronOptimizer) -> bool:
     """Whether one of `base_optimizers` shares out parameters over data-parallel ranks, each with a flat range."""
-    return hasattr(optimizer, "model_param_group_index_map")
+    return isinstance(optimizer, DistributedOptimizer)
 
 
-def updated_tensor(optimizer: Any, parameter: Tensor) -> Updated | None:
+def updated_tensor(optimizer: MegatronOptimizer, parameter: Tensor) -> Updated | None:
     """What one of `base_optimizers` updates for `parameter`; None where another rank holds all of that.
 
     Without a distributed optimizer the answer does not say whether this optimizer or another one holds it.
     """
-    if not is_distributed(optimizer):
+    if not isinstance(optimizer, DistributedOptimizer):
         return Updated(getattr(parameter, "main_param", parameter), None)
     if parameter not in optimizer.model_param_group_index_map:
         return None
@@ -97,7 +100,7 @@ def updated_tensor(optimizer: Any, parameter: Tensor) -> Updated | None:
     return Updated(optimizer.optimizer.param_groups[group]["params"][number], start)
 
 
-def restart_scheduler(scheduler: Any, state: dict[str, Any]) -> None:
+def restart_scheduler(scheduler: OptimizerParamScheduler, state: dict[str, Any]) -> None:
     """Loads a scheduler's state; it counts on from where it stands, so that goes to 0 first."""
     scheduler.num_steps = 0
     scheduler.load_state_dict(state)

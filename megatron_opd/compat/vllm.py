@@ -8,7 +8,12 @@ from __future__ import annotations
 import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from vllm import LLMEngine
+    from vllm.inputs.engine import EngineInput
+    from vllm.v1.engine.core_client import InprocClient
 
 
 def as_json(update_info: Any) -> Any:
@@ -18,16 +23,20 @@ def as_json(update_info: Any) -> Any:
     return _json_safe_update_payload(update_info)
 
 
-def keep_process_groups(engine: Any) -> None:
+def keep_process_groups(engine: LLMEngine) -> None:
     """An LLMEngine of this process must not end the default process group with itself: it is the trainer's."""
-    engine.engine_core._finalizer.detach()
+    _client(engine)._finalizer.detach()
 
 
-def shut_down(engine: Any) -> None:
+def shut_down(engine: LLMEngine) -> None:
     """Ends an LLMEngine of this process that `keep_process_groups` was called on, and its executor."""
-    core = engine.engine_core.engine_core
+    core = _client(engine).engine_core
     core.model_executor.shutdown()
     core.scheduler.shutdown()
+
+
+def _client(engine: LLMEngine) -> InprocClient:
+    return engine.engine_core  # type: ignore[return-value]  # VLLM_ENABLE_V1_MULTIPROCESSING is 0
 
 
 def destroy_process_groups() -> None:
@@ -63,7 +72,7 @@ def named_launch(name: str) -> Iterator[None]:
         ExecutorWithExternalLauncher._distributed_args = original  # type: ignore[method-assign]
 
 
-def render_tokens(engine: Any, tokens: list[int]) -> Any:
+def render_tokens(engine: LLMEngine, tokens: list[int]) -> EngineInput:
     """A prompt of token ids as LLMEngine.add_request takes it."""
     (prompt,) = engine.renderer.render_cmpl([{"prompt_token_ids": tokens}])
     return prompt

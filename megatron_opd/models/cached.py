@@ -80,22 +80,23 @@ class CachedForward:
         following = dist.get_global_rank(pp, (rank + 1) % size)
         previous = dist.get_global_rank(pp, (rank - 1) % size)
         self._rows = rows
-        out = None
+        out: Tensor | None = None  # of the chunk before, on this stage
         for number, chunk in enumerate(model.chunks):
             first = rank == 0 and number == 0
             last = rank == size - 1 and number == len(model.chunks) - 1
             if not first:
-                hidden = torch.empty(
-                    tokens.numel(), 1, model.config.hidden_size, dtype=model.config.pipeline_dtype, device=model.device
-                )
                 if size > 1:
-                    dist.recv(hidden, previous, group=pp)
-                else:
-                    hidden = out
-                set_input(chunk, hidden)
+                    out = torch.empty(
+                        tokens.numel(),
+                        1,
+                        model.config.hidden_size,
+                        dtype=model.config.pipeline_dtype,
+                        device=model.device,
+                    )
+                    dist.recv(out, previous, group=pp)
+                assert out is not None  # with one stage, the chunk before has run
+                set_input(chunk, out)
             out = run_chunk(chunk, tokens, row)
             if not last and size > 1:
                 dist.send(out.contiguous(), following, group=pp)
-        if not model.layout.is_last_stage:
-            return None
-        return out[0]
+        return out[0] if out is not None and model.layout.is_last_stage else None

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_opd.compat.gpt_model import is_first, run_chunk, set_input
 from megatron_opd.models.model import Model
@@ -69,16 +68,24 @@ def megatron_logits(model: Model, tokens: Tensor) -> Tensor:
     return torch.cat(shards, -1)[: len(tokens), : model.vocab_size]
 
 
-def load_transformers(hf_dir: str | Path, stored: torch.dtype, dtype: torch.dtype, allow_pickle: bool = False) -> Any:
+def load_transformers(
+    hf_dir: str | Path,
+    stored: torch.dtype,
+    dtype: torch.dtype,
+    allow_pickle: bool = False,
+    device: torch.device | str = "cpu",
+) -> PreTrainedModel:
     """The transformers model of a directory in `dtype`, its parameters rounded to `stored` before."""
     safetensors = None if allow_pickle else True
-    model: Any = AutoModelForCausalLM.from_pretrained(
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
         hf_dir, dtype=stored, local_files_only=True, trust_remote_code=False, use_safetensors=safetensors
     )
-    return model.to(dtype).eval()
+    module: torch.nn.Module = model  # transformers' own `to` is a decorator without types
+    module.to(device, dtype).eval()
+    return model
 
 
 @torch.no_grad()
-def transformers_logits(model: Any, tokens: Tensor) -> Tensor:
+def transformers_logits(model: PreTrainedModel, tokens: Tensor) -> Tensor:
     """Logits [T, vocab] float32 of one sequence `tokens` [T]."""
     return model(input_ids=tokens[None], use_cache=False).logits[0].float()

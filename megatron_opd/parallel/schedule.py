@@ -7,7 +7,7 @@ plan where Megatron-Core would exchange shapes before every tensor.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from megatron.core.pipeline_parallel import get_forward_backward_func
@@ -15,6 +15,8 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 
 from megatron_opd.compat.megatron import P2PCommunicator, P2PWithKnownShapes
 from megatron_opd.parallel.groups import Layout
+
+M = TypeVar("M")  # a micro-batch
 
 
 class PlannedP2P(P2PWithKnownShapes):
@@ -34,11 +36,11 @@ class PlannedP2P(P2PWithKnownShapes):
 
 
 def run_schedule(
-    forward_step: Callable[[Iterator[Any], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]],
-    chunks: list[torch.nn.Module],
+    forward_step: Callable[[Iterator[M], torch.nn.Module], tuple[torch.Tensor, Callable[..., Any]]],
+    chunks: Sequence[torch.nn.Module],
     config: TransformerConfig,
     layout: Layout,
-    microbatches: Sequence[Any],
+    microbatches: Sequence[M],
     row_tokens: Sequence[int],
     forward_only: bool = False,
     collect: bool = False,
@@ -74,7 +76,7 @@ def run_schedule(
     return run(
         forward_step_func=forward_step,
         data_iterator=iterators if vp else iterators[0],
-        model=chunks if vp else chunks[0],
+        model=list(chunks) if vp else chunks[0],
         num_microbatches=len(microbatches),
         seq_length=max(row_tokens),
         micro_batch_size=1,

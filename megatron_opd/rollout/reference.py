@@ -40,12 +40,12 @@ def largest_difference(model: Model, directory: str, tokens: int = 64) -> tuple[
     with forward.session():
         logits = forward.prefill(ids.to(model.device), [tokens], [0], [0], None)
         if logits is not None:
-            from transformers import AutoModelForCausalLM
+            from megatron_opd.models.compare import load_transformers, transformers_logits
 
-            reference = AutoModelForCausalLM.from_pretrained(
-                directory, dtype=model.config.params_dtype, local_files_only=True
-            ).to(model.device)
-            wanted = reference(ids[None].to(model.device)).logits[0].float().log_softmax(-1)
+            dtype = model.config.params_dtype
+            # Pickled or not: this run has read the same files.
+            reference = load_transformers(directory, dtype, dtype, allow_pickle=True, device=model.device)
+            wanted = transformers_logits(reference, ids.to(model.device)).log_softmax(-1)
             top = wanted.topk(min(16, model.vocab_size), dim=-1)
             own = vocab_parallel_logprobs(logits, top.indices, model.vocab_shard)
             best = vocab_parallel_topk(logits, 1, model.vocab_shard)[1][:, 0]

@@ -5,12 +5,11 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from megatron.core.distributed import DistributedDataParallel, DistributedDataParallelConfig, finalize_model_grads
-from megatron.core.optimizer import OptimizerConfig, get_megatron_optimizer
+from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_megatron_optimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opd.compat.cpu_platform import apply_cpu_platform, use_cpu
@@ -29,8 +28,8 @@ class Trainer:
 
     student: Model
     teacher: Model
-    ddp: list[torch.nn.Module]  # the student's chunks, wrapped
-    optimizer: Any
+    ddp: list[DistributedDataParallel]  # the student's chunks, wrapped
+    optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
 
     @property
@@ -88,7 +87,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     return Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train))
 
 
-def wrap_ddp(student: Model, train: TrainConfig) -> list[torch.nn.Module]:
+def wrap_ddp(student: Model, train: TrainConfig) -> list[DistributedDataParallel]:
     """Megatron-Core's DistributedDataParallel around each chunk; gradients are summed in fp32."""
     settings = DistributedDataParallelConfig(
         grad_reduce_in_fp32=True,
@@ -97,7 +96,7 @@ def wrap_ddp(student: Model, train: TrainConfig) -> list[torch.nn.Module]:
         check_for_nan_in_grad=False,  # checked once a step, where the step can be skipped
         fp8_param_gather=bool(student.config.fp8_param),
     )
-    ddp: list[torch.nn.Module] = [
+    ddp = [
         DistributedDataParallel(
             student.config, settings, chunk, disable_bucketing=number > 0, pg_collection=student.layout.groups
         )
@@ -109,7 +108,7 @@ def wrap_ddp(student: Model, train: TrainConfig) -> list[torch.nn.Module]:
     return ddp
 
 
-def build_optimizer(student: Model, ddp: list[torch.nn.Module], train: TrainConfig) -> Any:
+def build_optimizer(student: Model, ddp: list[DistributedDataParallel], train: TrainConfig) -> MegatronOptimizer:
     """Megatron-Core's AdamW with fp32 main parameters; Transformer Engine's or apex's kernel where one is installed."""
     bf16 = student.config.params_dtype == torch.bfloat16
     settings = OptimizerConfig(
@@ -129,7 +128,7 @@ def build_optimizer(student: Model, ddp: list[torch.nn.Module], train: TrainConf
     return get_megatron_optimizer(settings, ddp, use_gloo_process_groups=False)
 
 
-def build_scheduler(optimizer: Any, train: TrainConfig) -> OptimizerParamScheduler:
+def build_scheduler(optimizer: MegatronOptimizer, train: TrainConfig) -> OptimizerParamScheduler:
     """Megatron-Core's learning rate scheduler, counted in optimizer steps."""
     scheduler = OptimizerParamScheduler(
         optimizer,

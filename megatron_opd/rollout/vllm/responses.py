@@ -96,8 +96,9 @@ class CandidateTable:
     def _sort(self) -> None:
         if not self._pending or self._pending_ids is None or self._pending_logprobs is None:
             return
-        columns = (torch.from_numpy(c[: self._pending]) for c in (self._pending_ids, self._pending_logprobs))
-        ids, logprobs = top_candidates(*columns, self.k)
+        pending_ids = torch.from_numpy(self._pending_ids[: self._pending])
+        pending_logprobs = torch.from_numpy(self._pending_logprobs[: self._pending])
+        ids, logprobs = top_candidates(pending_ids, pending_logprobs, self.k)
         self._ids.frombytes(ids.contiguous().numpy().tobytes())
         self._logprobs.frombytes(logprobs.contiguous().numpy().tobytes())
         self._pending = 0
