@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -52,7 +52,10 @@ TOKEN_WEIGHTINGS = {
     "tip": "megatron_opd.prune.token_weighting:EntropyOrDisagreement",
     "random_window": "megatron_opd.prune.token_weighting:RandomWindow",
 }
-ENGINES = ("megatron", "vllm")  # rollout/factory.py makes them: each has needs of its own
+ENGINES = {
+    "megatron": "megatron_opd.rollout.megatron.engine:megatron_engine",
+    "vllm": "megatron_opd.rollout.vllm.factory:vllm_engine",
+}
 VERIFIERS = ("math", "reasoning_gym", "exact")  # evaluation/worker.py has them: its process imports nothing of ours
 
 
@@ -89,6 +92,33 @@ def load_part(key: str, name: str, table: Mapping[str, str]) -> Any:
     return getattr(imported, attribute)
 
 
+def bind_part(
+    key: str,
+    name: str,
+    table: Mapping[str, str],
+    arguments: tuple[Any, ...],
+    options: Mapping[str, Any],
+    options_key: str | None = None,
+) -> Callable[..., Any]:
+    """What `name` stands for, which can be called with as many arguments and, by keyword, with these options.
+
+    Nothing is called: this checks a config before the arguments exist. See `build_part` for the rest.
+    """
+    maker = load_part(key, name, table)
+    if inspect.isabstract(maker):
+        raise ConfigError(f"{key}: {name} lacks {', '.join(sorted(maker.__abstractmethods__))}, which it must define")
+    signature = inspect.signature(maker)
+    try:
+        signature.bind(*arguments, **options)
+    except TypeError as error:
+        taken = list(signature.parameters)[len(arguments) :]
+        raise ConfigError(
+            f"{options_key or key + '_options'}: {dict(options)}: {error}; {name} takes "
+            f"{', '.join(taken) or 'no options'}"
+        ) from None
+    return maker
+
+
 def build_part(
     key: str,
     name: str,
@@ -103,18 +133,7 @@ def build_part(
     part cannot be imported, does not take these options (the message says which it takes) or refuses their values with
     a ValueError.
     """
-    maker = load_part(key, name, table)
-    if not callable(maker):
-        raise ConfigError(f"{key}: {name} is a {type(maker).__name__}, not a class")
-    signature = inspect.signature(maker)
-    try:
-        signature.bind(*arguments, **options)
-    except TypeError as error:
-        taken = list(signature.parameters)[len(arguments) :]
-        raise ConfigError(
-            f"{options_key or key + '_options'}: {dict(options)}: {error}; {name} takes "
-            f"{', '.join(taken) or 'no options'}"
-        ) from None
+    maker = bind_part(key, name, table, arguments, options, options_key)
     try:
         return maker(*arguments, **options)
     except ValueError as error:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -14,6 +14,8 @@ class RolloutConfig(Section):
     engine: str = "megatron"
     """megatron: inside the training ranks, needs nothing else. vllm: what a cluster uses. MODULE:NAME: your own, a
     subclass of megatron_opd.rollout.base.RolloutEngine."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of an engine of your own, given to it by keyword."""
     mode: Literal["colocate", "server"] = "colocate"
     """vLLM only. colocate: engines inside the training ranks. server: `vllm serve` processes at `servers`."""
     temperature: float = Field(default=1.0, ge=0.0)

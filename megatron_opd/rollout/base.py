@@ -3,6 +3,9 @@
 All methods are collective: every rank of the job calls them with equal arguments, and every rank gets the whole
 result, in the order of the requests. An engine never sees the training loop; pruning in flight reaches it through
 the `watch` argument.
+
+Your own is a subclass of `RolloutEngine` in a module of your own, `rollout.engine: mymodule:MyEngine`; it is built with
+an `EngineSetup` and, by keyword, with `rollout.engine_options`.
 """
 
 from __future__ import annotations
@@ -10,10 +13,30 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from megatron_opd.errors import RunError
 from megatron_opd.types import Prompt, Rollout
+
+if TYPE_CHECKING:  # the modules that a vLLM server loads import this one, and neither of these
+    from megatron_opd.config import Config
+    from megatron_opd.models.model import Model
+
+
+class RolloutError(RunError):
+    """Generation cannot go on; the message says where and why."""
+
+
+@dataclass(frozen=True)
+class EngineSetup:
+    """What an engine is built with, on every rank."""
+
+    config: Config
+    student: Model  # as this rank holds it; its `vocab_size` is the number of ids that may be sampled
+    eos_ids: set[int]  # they end a response and belong to it
+    max_tokens: int  # of the longest prompt and response that the config can reach, in training or evaluation
 
 
 @dataclass(frozen=True)
@@ -78,13 +101,13 @@ class RolloutEngine(ABC):
         """Takes over the student's parameters. `named_parameters()` yields (Hugging Face name, full tensor) on every
         rank and is itself collective; engines that share the trainer's parameters need not call it."""
 
+    @abstractmethod
     def probe(self, tokens: list[int]) -> Tensor:
         """Log-probs [T-1] float32 that the engine's current parameters give to tokens[1:], each after what precedes it.
 
         The trainer compares them with its own after each hand-over: an engine that missed one, or that the trainer
         failed to reach, shows here. An engine with several copies of the model raises where the copies disagree.
         """
-        raise NotImplementedError(f"{type(self).__name__} has no probe")
 
     def sleep(self) -> None:
         """Frees what training needs (GPU memory); `wake` undoes it."""

@@ -8,8 +8,10 @@ from typing import Protocol
 
 from megatron_opd.config import Config
 from megatron_opd.models.model import Model
+from megatron_opd.plugins import is_own
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Watch
+from megatron_opd.rollout.checks import check_rollouts
 from megatron_opd.types import Rollout, TeacherScores
 
 
@@ -47,4 +49,6 @@ class Scoring(ABC):
         else:
             rollouts = self.engine.generate(requests, sampling, watch, self.config.prune.segment)
         self.engine.sleep()
+        if is_own(self.config.rollout.engine):
+            check_rollouts(rollouts, requests, sampling, self.teacher.vocab_size)
         return rollouts

@@ -21,7 +21,7 @@ from megatron_opd.prune import ResponseBudget, StaircaseBudget
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.prune.token_weighting import make_token_weighting
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
-from megatron_opd.rollout.factory import hf_stream, make_engine
+from megatron_opd.rollout.factory import check_engine, hf_stream, make_engine
 from megatron_opd.runtime.guard import Guard
 from megatron_opd.scoring.factory import make_scoring
 from megatron_opd.training.bad_steps import dump_bad_step
@@ -76,6 +76,7 @@ class Run:
             self.say(self.guard.note)
         build_loss(config)  # a name or an option that is wrong ends the run before models are loaded; the signal's, too
         make_signal(config.prune)
+        check_engine(config)
         self.tokenizer, notes = load_tokenizers(config)
         prompts = load_prompts(config.data, self.tokenizer)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)

@@ -16,7 +16,7 @@ from torch import Tensor
 from megatron_opd.models.cached import CachedForward
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import Fields, share_fields
-from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Segment, Watch
+from megatron_opd.rollout.base import EngineSetup, Request, RolloutEngine, Sampling, Segment, Watch
 from megatron_opd.rollout.megatron.sampler import Sampled, sample
 from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, Rollout
@@ -78,6 +78,11 @@ class MegatronEngine(RolloutEngine):
             end_reason=END_DRIFT if stopped else _REASONS[int(parts[-1]["state"])],
             policy_version=self.policy_version,
         )
+
+
+def megatron_engine(setup: EngineSetup) -> MegatronEngine:
+    """What `rollout.engine: megatron` builds."""
+    return MegatronEngine(setup.student, setup.eos_ids, setup.config.rollout.max_batch)
 
 
 def _ended(parts: list[Fields]) -> bool:

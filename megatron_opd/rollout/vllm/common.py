@@ -16,17 +16,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from megatron_opd.errors import RunError
-from megatron_opd.rollout.base import Request, Sampling
+from megatron_opd.rollout.base import Request, RolloutError, Sampling
 from megatron_opd.types import END_EOS, END_LENGTH
 
 EXTRA_CANDIDATES = 4
 CONTROL_TIMEOUT = timedelta(days=1)  # of groups in which ranks wait for a whole generation; the guard bounds steps
 END_REASONS = {"stop": END_EOS, "length": END_LENGTH}
-
-
-class RolloutError(RunError):
-    """Generation cannot go on; the message says where and why."""
 
 
 def request_seed(seed: int, index: int, position: int = 0) -> int:
