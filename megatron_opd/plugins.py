@@ -6,11 +6,15 @@ it is used, so that a config can be checked on a machine without torch.
 
 from __future__ import annotations
 
+import ast
+import difflib
 import importlib
+import importlib.util
 import inspect
 import re
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from megatron_opd.errors import ConfigError
@@ -74,6 +78,49 @@ def check_name(name: str, table: Collection[str]) -> str:
     raise ValueError(f"must be one of {', '.join(table)}, or your own as MODULE:NAME")
 
 
+def find_part(name: str) -> None:
+    """Looks for MODULE:NAME without running the module. Raises ValueError where there is no such module, where it does
+    not parse, or where it defines no such name."""
+    module, _, attribute = name.partition(":")
+    try:
+        spec = importlib.util.find_spec(module)
+    except (ImportError, ValueError, AttributeError) as error:
+        raise ValueError(f"cannot import {module} ({error}); it must be installed or lie on PYTHONPATH") from None
+    except Exception as error:  # of a package that runs as its submodule is looked for
+        raise ValueError(f"cannot import {module}: {type(error).__name__}: {error}") from None
+    if spec is None:
+        raise ValueError(f"there is no module {module}; it must be installed or lie on PYTHONPATH")
+    if spec.origin is None or not spec.origin.endswith(".py"):
+        return  # compiled, or a folder: only importing it would tell
+    try:
+        tree = ast.parse(Path(spec.origin).read_bytes(), spec.origin)
+    except (SyntaxError, ValueError) as error:
+        raise ValueError(f"{spec.origin} is not valid Python: {error}") from None
+    except OSError as error:
+        raise ValueError(f"cannot read {spec.origin}: {error.strerror}") from None
+    defined = _defined(tree.body)
+    if not defined & {attribute, "*", "__getattr__"}:
+        near = difflib.get_close_matches(attribute, defined, n=1)
+        raise ValueError(f"{spec.origin} defines no {attribute}" + (f"; did you mean {near[0]}?" if near else ""))
+
+
+def _defined(statements: list[ast.stmt]) -> set[str]:
+    """Names that these statements give to their module, those under if, try, with and loops among them."""
+    defined: set[str] = set()
+    for statement in statements:
+        if isinstance(statement, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+            defined.add(statement.name)
+            continue
+        for node in ast.walk(statement):
+            if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+                defined.add(node.id)
+            elif isinstance(node, ast.alias):
+                defined.add((node.asname or node.name).partition(".")[0])
+            elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef):
+                defined.add(node.name)
+    return defined
+
+
 def load_part(key: str, name: str, table: Mapping[str, str]) -> Any:
     """What `name` stands for, imported. Raises ConfigError naming the config's `key` where it cannot be."""
     try:
@@ -87,6 +134,8 @@ def load_part(key: str, name: str, table: Mapping[str, str]) -> Any:
         raise ConfigError(
             f"{key}: {name}: cannot import {module} ({error}); it must be installed or lie on PYTHONPATH"
         ) from error
+    except Exception as error:  # whatever a user's module does as it is imported
+        raise ConfigError(f"{key}: {name}: importing {module} fails with {type(error).__name__}: {error}") from error
     if not hasattr(imported, attribute):
         raise ConfigError(f"{key}: {name}: {imported.__file__} has no {attribute}")
     return getattr(imported, attribute)

@@ -40,5 +40,5 @@ CHECKPOINT=${CHECKPOINT:-$(newest_checkpoint)}
 [[ -e $CHECKPOINT ]] || stop 2 "no checkpoint in $RUN_DIR/checkpoints: set CHECKPOINT"
 say "evaluating $CHECKPOINT"
 MIN_FREE_GB=${MIN_FREE_GB:-1} preflight   # answers and numbers are all that it writes
-run_command eval "$CONFIG" --checkpoint "$CHECKPOINT" "run_dir=$RUN_DIR" "$@"
+run_command eval "$CONFIG" --checkpoint "$CHECKPOINT" "run_dir=$RUN_DIR" "${GIVEN[@]}"
 finish

@@ -9,10 +9,11 @@ NOTICE=       # the signal that asked this job to end, if one did
 CODE=1
 REQUEUE_CODE=75 # megatron_opd/runtime/launch.py: asked to stop, has saved; run again
 
-# RUN_DIR, LOG_DIR (of this start of the job), NODES, TRAIN_NODES, SERVER_NODES, PYTHON, IN (container prefix), SRUN
+# RUN_DIR, GIVEN (the other words), LOG_DIR (of this start of the job), NODES, TRAIN_NODES, SERVER_NODES, PYTHON, IN (container prefix), SRUN
 prepare() {
   local word
-  for word in "$@"; do [[ $word == run_dir=* ]] && RUN_DIR=${word#run_dir=}; done
+  GIVEN=()
+  for word in "$@"; do if [[ $word == run_dir=* ]]; then RUN_DIR=${word#run_dir=}; else GIVEN+=("$word"); fi; done
   mkdir -p "$RUN_DIR/logs" || stop 2 "cannot write to RUN_DIR=$RUN_DIR"
   RUN_DIR=$(realpath "$RUN_DIR") CONFIG=$(realpath "$CONFIG")
   if [[ -n ${CHECKPOINT:-} ]]; then CHECKPOINT=$(realpath "$CHECKPOINT"); fi
@@ -107,12 +108,19 @@ start_servers() {
   "${SRUN[@]}" --nodes="${#SERVER_NODES[@]}" --ntasks="${#SERVER_NODES[@]}" \
     --nodelist="$(join "${SERVER_NODES[@]}")" --output="$LOG_DIR/vllm-%N.log" "${IN[@]}" bash "$REPO/slurm/serve.sh" "$PYTHON" &
   SERVERS=$!
-  SERVER_OVERRIDES=(rollout.engine=vllm rollout.mode=server "rollout.servers=[$(join "${urls[@]}")]")
-  (( gpus )) || SERVER_OVERRIDES+=("rollout.transfer_dir=$RUN_DIR/transfer")
+  SERVER_OVERRIDES=(rollout.engine=vllm rollout.vllm.mode=server "rollout.vllm.servers=[$(join "${urls[@]}")]")
+  (( gpus )) || SERVER_OVERRIDES+=("rollout.vllm.transfer_dir=$RUN_DIR/transfer")
   say "vLLM: ${urls[*]}"
 }
 
-run_training() { run_command train "$CONFIG" "run_dir=$RUN_DIR" "${SERVER_OVERRIDES[@]}" "$@"; }
+run_training() {
+  local own word words=()
+  for own in "${SERVER_OVERRIDES[@]}"; do  # a key may be given once, and the user's word goes first
+    for word in "${GIVEN[@]}"; do [[ ${word%%=*} == "${own%%=*}" ]] && continue 2; done
+    words+=("$own")
+  done
+  run_command train "$CONFIG" "run_dir=$RUN_DIR" "${words[@]}" "${GIVEN[@]}"
+}
 
 run_command() {
   "${SRUN[@]}" --nodes="${#TRAIN_NODES[@]}" --ntasks="${#TRAIN_NODES[@]}" \

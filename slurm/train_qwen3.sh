@@ -68,5 +68,5 @@ CONFIG=${CONFIG:-$REPO/examples/qwen3/recipe.yaml}
 prepare "$@"            # logs, node lists, container
 preflight               # names a bad node and stops
 start_servers           # only with VLLM_NODES
-run_training "$@"       # torchrun on every node; returns its exit code in CODE
+run_training            # torchrun on every node; returns its exit code in CODE
 finish                  # done, requeue, or stop

@@ -26,9 +26,9 @@ def compare(configs: dict[str, Config]) -> None:
         other = seen.setdefault(config.run_dir, name)
         if other != name:
             raise ConfigError(f"run_dir: the runs {other} and {name} would both write to {config.run_dir}")
-        if config.rollout.engine == "vllm" and config.rollout.mode == "colocate":
+        if config.rollout.engine == "vllm" and config.rollout.vllm.mode == "colocate":
             raise ConfigError(
-                f"rollout.mode: colocate in the run {name}: a process holds one vLLM engine; use mode: server or "
+                f"rollout.vllm.mode: colocate in the run {name}: a process holds one vLLM engine; use mode: server or "
                 "engine: megatron to compare runs in turns"
             )
     runs: list[Run] = []

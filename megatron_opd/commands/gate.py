@@ -11,10 +11,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from megatron_opd.errors import InputError
+from megatron_opd.config.loading import read_text
+from megatron_opd.config.reading import Reader
+from megatron_opd.errors import ConfigError, InputError
 
 
 class GateError(InputError):
@@ -75,16 +76,21 @@ class Finding:
 
 def load_gate(path: str | Path) -> Gate:
     """Reads a gate. Raises GateError."""
+    reader = Reader()
     try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-        return Gate.model_validate(values)
-    except OSError as error:
-        raise GateError(f"cannot read gate {path}: {error.strerror}") from error
-    except yaml.YAMLError as error:
-        raise GateError(f"{path} is not valid YAML: {error}") from error
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc'])) or 'gate'}: {e['msg']}" for e in error.errors()]
-        raise GateError(f"{path}: " + "; ".join(problems)) from None
+        values = reader.file(read_text(path, "gate"), str(path), Gate)
+    except ConfigError as error:
+        raise GateError(str(error)) from error
+    problems = reader.problems
+    if values is not None:
+        try:
+            gate = Gate.model_validate(values)
+        except ValidationError as error:
+            wrong = [f"{'.'.join(map(str, e['loc'])) or 'gate'}: {e['msg']}" for e in error.errors()]
+            problems = [*problems, f"{path}: " + "; ".join(wrong)]
+    if problems:
+        raise GateError("\n".join(problems))
+    return gate
 
 
 def check(gate: Gate, steps: list[dict[str, Any]]) -> list[Finding]:
@@ -122,9 +128,9 @@ def gate_run(run_dir: str | Path, gate: str | Path) -> bool:
     wanted = load_gate(gate)
     path = Path(run_dir, "metrics.jsonl")
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except OSError as error:
-        raise GateError(f"cannot read {path}: {error.strerror}; give a run_dir") from error
+        lines = read_text(path, "metrics").splitlines()
+    except ConfigError as error:
+        raise GateError(f"{error}; give a run_dir") from error
     try:
         findings = check(wanted, [json.loads(line) for line in lines])
     except (ValueError, KeyError) as error:

@@ -6,10 +6,11 @@ key's full path, the value and what would work.
 """
 
 from megatron_opd.config.data import DataConfig, EvalConfig, EvalSetConfig
-from megatron_opd.config.loading import all_keys, dump_config, load_config, parse_config
+from megatron_opd.config.keys import all_keys
+from megatron_opd.config.loading import dump_config, load_config, parse_config
 from megatron_opd.config.models import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_opd.config.prune import PRESETS, BudgetConfig, PruneConfig
-from megatron_opd.config.rollout import RolloutConfig
+from megatron_opd.config.rollout import RolloutConfig, VllmConfig
 from megatron_opd.config.root import Config
 from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrainConfig
 from megatron_opd.errors import ConfigError
@@ -31,6 +32,7 @@ __all__ = [
     "ScoreConfig",
     "TeacherConfig",
     "TrainConfig",
+    "VllmConfig",
     "all_keys",
     "dump_config",
     "load_config",

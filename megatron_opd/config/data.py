@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import datetime
-from typing import Annotated, ClassVar, Literal
+from typing import ClassVar, Literal
 
-from pydantic import AfterValidator, Field, model_validator
+from pydantic import Field, model_validator
 
-from megatron_opd.config.base import FilePath, Positive, Section
-from megatron_opd.plugins import VERIFIERS, check_name
+from megatron_opd.config.base import Count, DataSource, FilePath, Positive, Seconds, Section, Seed, VerifierName
 
 TEMPLATE_DATE = datetime.date(2024, 7, 26)  # any day will do: this one is the default of Llama 3.1's template
-VerifierName = Annotated[str, AfterValidator(lambda name: check_name(name, VERIFIERS))]
 
 
 class DataConfig(Section):
-    prompts: FilePath
+    prompts: DataSource
     """JSONL (.jsonl) or Parquet (.parquet) file, reasoning_gym:NAME, or MODULE:FUNCTION: your own, called with (size,
     seed), returns rows as objects, the same ones each time."""
     prompt_key: str = "prompt"
@@ -49,7 +47,7 @@ class DataConfig(Section):
     """Shuffle by seed and epoch."""
     size: int = Field(default=10000, gt=0, le=10_000_000)
     """Prompts to draw from reasoning_gym:NAME; the most that are taken from MODULE:FUNCTION."""
-    seed: int = Field(default=0, ge=0)
+    seed: Seed = 0
     """Seed of reasoning_gym:NAME and of MODULE:FUNCTION. Of reasoning-gym, different seeds never draw the
     same item."""
 
@@ -65,7 +63,7 @@ class EvalSetConfig(Section):
 
     name: str = Field(pattern=r"^[\w.@-]+$")
     """Name in the metrics and of the responses' file: letters, digits and . @ _ -"""
-    prompts: FilePath
+    prompts: DataSource
     """As data.prompts."""
     verifier: VerifierName = "math"
     """math: math-verify on the boxed answer. reasoning_gym: the data set's own scorer. exact: equal text.
@@ -80,7 +78,7 @@ class EvalSetConfig(Section):
     """Nucleus sampling."""
     limit: Positive | None = None
     """Use only the first N prompts; of reasoning_gym:NAME and MODULE:FUNCTION draw N (null: 500)."""
-    seed: int = Field(default=1, ge=0)
+    seed: Seed = 1
     """Seed of reasoning_gym:NAME and of MODULE:FUNCTION; keep it different from data.seed."""
     prompt_key: str | None = None
     """As data.prompt_key; null takes that."""
@@ -95,7 +93,7 @@ class EvalSetConfig(Section):
 class EvalConfig(Section):
     renamed: ClassVar[dict[str, str]] = {"save_answers": "save_responses", "chunk_answers": "chunk_responses"}
 
-    every: int = Field(default=20, ge=0)
+    every: Count = 20
     """Evaluate after every N steps; 0 for never."""
     at_start: bool = False
     """Evaluate before the first step."""
@@ -103,7 +101,7 @@ class EvalConfig(Section):
     """Evaluate after the last step."""
     sets: list[EvalSetConfig] = Field(default_factory=list)
     """Data sets."""
-    verifier_timeout_s: float = Field(default=10.0, gt=0)
+    verifier_timeout_s: Seconds = 10.0
     """A verifier that takes longer on one response counts it as wrong."""
     verifier_workers: Positive = 2
     """Processes that verify responses, on the first rank's machine."""
@@ -111,5 +109,5 @@ class EvalConfig(Section):
     """Write every response to RUN/eval/ as JSONL; an interrupted evaluation goes on from that file."""
     chunk_responses: Positive = 1024
     """Responses generated between two writes of that file, which is what an interruption can lose."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of evaluation's sampling."""

@@ -7,58 +7,119 @@ import os
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
-from megatron_opd.config.base import PathBase, Section, absolute_path
+from megatron_opd.config.base import Section, absolute_path, warn_of_old_name, with_new_names
+from megatron_opd.config.keys import all_keys, shape_of
+from megatron_opd.config.reading import Reader, shape_at, write
 from megatron_opd.config.root import Config
 from megatron_opd.errors import ConfigError
 
 
-def load_config(path: str | os.PathLike[str], overrides: list[str] | None = None) -> Config:
-    """Reads a YAML file, applies `a.b=c` overrides (values are YAML) and validates the whole.
+def load_config(
+    path: str | os.PathLike[str], overrides: list[str] | None = None, later: list[str] | None = None
+) -> Config:
+    """Reads a YAML file, applies `a.b=c` overrides and validates the whole; nothing else is loaded.
+
+    Args:
+        overrides: each key once. The value of a key that holds text is the text itself, all others are YAML.
+        later: overrides that may change what the first ones have set.
 
     Raises:
         ConfigError: every problem at once, with key, value and remedy.
     """
+    reader = Reader()
+    text = read_text(path, "config")
+    values = reader.file(text, str(path), Config)
+    readable = values is not None
+    values = _resolved(Config, values or {}, str(Path(path).resolve().parent), "", reader.problems)
+    for layer in (overrides or [], later or []):
+        _apply(reader, values, layer)
+    problems = reader.problems
+    if readable:
+        try:
+            config = Config.model_validate(values, context={"find_parts": True})
+        except ValidationError as error:
+            problems = problems + _described(error)
+    if problems:
+        raise ConfigError(_message(problems))
+    return config
+
+
+def read_text(path: str | os.PathLike[str], what: str) -> str:
+    """A whole text file. Raises ConfigError."""
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        return Path(path).read_text(encoding="utf-8")
     except OSError as error:
-        raise ConfigError(f"cannot read config {path}: {error.strerror}") from error
-    try:
-        values = yaml.safe_load(text) or {}
-    except yaml.YAMLError as error:
-        raise ConfigError(f"{path} is not valid YAML: {error}") from error
-    if not isinstance(values, dict):
-        raise ConfigError(f"{path} must hold a mapping of keys, found {type(values).__name__}")
-    _resolve_paths(Config, values, str(Path(path).resolve().parent))
-    for item in overrides or []:
+        raise ConfigError(f"cannot read {what} {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"cannot read {what} {path}: it is not UTF-8 (byte {error.start}: {error.object[error.start]:#04x}); save "
+            "it as UTF-8"
+        ) from error
+    except ValueError as error:  # a null byte in the path
+        raise ConfigError(f"cannot read {what} {str(path)!r}: {error}") from error
+
+
+def _apply(reader: Reader, values: dict[str, Any], overrides: list[str]) -> None:
+    given: dict[tuple[str, ...], str] = {}
+    for item in overrides:
         key, sign, value = item.partition("=")
-        if not sign:
-            raise ConfigError(f"override {item!r} is not of the form key.path=value")
-        _override(values, item, key.strip().split("."), yaml.safe_load(value))
-    return parse_config(values)
+        names = _new_path(key.strip())
+        if not sign or not all(names):
+            reader.problems.append(f"override {item!r} is not of the form key.path=value")
+            continue
+        for path, other in given.items():
+            if path[: len(names)] == names and other != item:
+                what = "is given twice" if path == names else "replaces what came before it"
+                reader.problems.append(f"override {item!r}: {key.strip()} {what}, {other!r}; keep one")
+        given[names] = item
+        shape = shape_at(Config, list(names))
+        before = len(reader.problems)
+        new = reader.override(item, ".".join(names), value, shape)
+        if len(reader.problems) == before:
+            if shape.section:
+                new = _resolved(shape.section, new, os.getcwd(), ".".join(names) + ".", reader.problems)
+            _set(reader, values, item, list(names), new)
 
 
-def _override(values: dict[str, Any], item: str, path: list[str], value: Any) -> None:
-    """Sets one key; a number in the path is a place in a list (eval.sets.0.limit)."""
+def _new_path(key: str) -> tuple[str, ...]:
+    """The key's parts, old names replaced."""
+    done: list[str] = []
+    section: Any = Config
+    for name in key.split("."):
+        renamed = getattr(section, "renamed", {})
+        if name in renamed:
+            warn_of_old_name(key, ".".join([*done, renamed[name]]))
+            done += renamed[name].split(".")
+        else:
+            done.append(name)
+        section = shape_at(Config, done).section
+    return tuple(done)
+
+
+def _set(reader: Reader, values: dict[str, Any], item: str, path: list[str], value: Any) -> None:
+    """Sets one key; a number in the path is an index into a list (eval.sets.0.limit)."""
     leaf: Any = values
     for depth, name in enumerate(path):
+        where = ".".join(path[:depth])
+        index: Any = name
         if isinstance(leaf, list):
-            if not name.isdigit() or int(name) >= len(leaf):
-                where = ".".join(path[:depth])
-                raise ConfigError(f"override {item!r}: {where} is a list of {len(leaf)}; name a place from 0 on")
-            place: Any = int(name)
-        elif isinstance(leaf, dict):
-            place = name
-        else:
-            raise ConfigError(f"override {item!r}: {'.'.join(path[:depth])} is a value, not a section")
+            if not name.isdecimal() or int(name) >= len(leaf):
+                reader.problems.append(f"override {item!r}: {where} is a list of {len(leaf)}; name an index, from 0 on")
+                return
+            index = int(name)
+        elif not isinstance(leaf, dict):
+            reader.problems.append(f"override {item!r}: {where} is a value, not a section")
+            return
         if depth == len(path) - 1:
-            leaf[place] = value
+            leaf[index] = value
         elif isinstance(leaf, list):
-            leaf = leaf[place]
+            leaf = leaf[index]
         else:
-            leaf = leaf.setdefault(place, {})
+            if leaf.get(index) is None:  # missing, or written without a value
+                leaf[index] = {}
+            leaf = leaf[index]
 
 
 def parse_config(values: dict[str, Any]) -> Config:
@@ -66,75 +127,65 @@ def parse_config(values: dict[str, Any]) -> Config:
     try:
         return Config.model_validate(values)
     except ValidationError as error:
-        lines = [_describe(e) for e in error.errors()]
-        raise ConfigError(f"{len(lines)} problem(s) in the config:\n" + "\n".join(f"  {x}" for x in lines)) from None
+        raise ConfigError(_message(_described(error))) from None
 
 
 def dump_config(config: Config) -> str:
     """The whole config as YAML, defaults included; `load_config` reads it back to an equal one."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False)
+    return write(config.model_dump())
 
 
-def all_keys() -> dict[str, str]:
-    """Every key's full path and its documentation."""
-    found: dict[str, str] = {}
-
-    def walk(section: type[BaseModel], prefix: str) -> None:
-        for name, field in section.model_fields.items():
-            found[prefix + name] = field.description or ""
-            inner = _section_of(field.annotation)
-            if inner:
-                walk(inner, f"{prefix}{name}.")
-
-    walk(Config, "")
-    return found
-
-
-def _section_of(annotation: Any) -> type[Section] | None:
-    for candidate in (annotation, *getattr(annotation, "__args__", ())):
-        if isinstance(candidate, type) and issubclass(candidate, Section):
-            return candidate
-    return None
-
-
-def _resolve_paths(section: type[BaseModel], values: Any, directory: str) -> None:
-    """Makes the paths of a YAML file absolute, before overrides that are relative to elsewhere join them."""
+def _resolved(section: type[Section], values: Any, directory: str, prefix: str, problems: list[str]) -> Any:
+    """The values of a file with absolute paths and new names, before overrides join them, whose paths are relative to
+    elsewhere."""
     if isinstance(values, list):
-        for value in values:
-            _resolve_paths(section, value, directory)
+        return [_resolved(section, v, directory, f"{prefix}{i}.", problems) for i, v in enumerate(values)]
     if not isinstance(values, dict):
-        return
+        return values
+    try:
+        values, renamed = with_new_names(section, values)
+        for old, new in renamed.items():
+            warn_of_old_name(prefix + old, prefix + new)
+    except ValueError as error:
+        problems.append(f"{prefix.removesuffix('.')}: {error}")
+        values = {name: value for name, value in values.items() if name not in section.renamed}
     for name, field in section.model_fields.items():
-        if name not in values:
-            continue
-        inner = _section_of(field.annotation)
-        if inner:
-            _resolve_paths(inner, values[name], directory)
-        elif any(getattr(m, "func", None) is absolute_path for m in _metadata(field)):
-            PathBase.directory = directory
-            try:
-                values[name] = absolute_path(values[name])
-            finally:
-                PathBase.directory = "."
+        if name in values:
+            shape = shape_of(field)
+            if shape.section:
+                values[name] = _resolved(shape.section, values[name], directory, f"{prefix}{name}.", problems)
+            elif shape.is_path:
+                values[name] = absolute_path(values[name], directory)
+    return values
 
 
-def _metadata(field: Any) -> list[Any]:
-    found = list(field.metadata)
-    for argument in getattr(field.annotation, "__args__", ()):
-        found += getattr(argument, "__metadata__", ())
-    return found
+def _message(problems: list[str]) -> str:
+    return f"{len(problems)} problem(s) in the config:\n" + "\n".join(f"  {x}" for x in problems)
+
+
+def _described(error: ValidationError) -> list[str]:
+    return [_describe(e) for e in error.errors(include_url=False)]
 
 
 def _describe(error: Any) -> str:
     path = ".".join(str(x) for x in error["loc"]) or "config"
     if error["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(path, all_keys(), n=1, cutoff=0.5)
-        leaf = error["loc"][-1]
-        same = [k for k in all_keys() if k.split(".")[-1] == leaf]
-        hint = same[0] if same else (near[0] if near else None)
-        return f"{path}: unknown key" + (f"; did you mean {hint}?" if hint else "")
+        return f"{path}: unknown key{_hint(path, str(error['loc'][-1]))}"
     if error["type"] == "missing":
         return f"{path}: required key is missing ({all_keys().get(path, '')})"
     message = error["msg"].removeprefix("Value error, ")
-    shown = "" if isinstance(error["input"], (dict, BaseModel)) else f" (got {error['input']!r})"
-    return f"{path}: {message}{shown}"
+    shown = repr(error["input"])
+    if isinstance(error["input"], (dict, BaseModel)):
+        return f"{path}: {message}"
+    return f"{path}: {message} (got {shown if len(shown) <= 200 else shown[:200] + '...'})"
+
+
+def _hint(path: str, leaf: str) -> str:
+    known = all_keys()
+    if leaf in known and "." in leaf:
+        section, _, name = leaf.rpartition(".")
+        return f"; in a file it is written {section}: {{{name}: ...}}"
+    near = difflib.get_close_matches(path, known, n=1, cutoff=0.5)
+    same = [k for k in known if k.split(".")[-1] == leaf]
+    similar = [*same, *near]
+    return f"; did you mean {similar[0]}?" if similar else ""

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, field_validator, model_validator
 
-from megatron_opd.config.base import FilePath, Positive, Section
+from megatron_opd.config.base import Count, FilePath, OwnPart, Positive, Section
 from megatron_opd.plugins import is_own
 
 
@@ -42,7 +42,7 @@ class ParallelConfig(Section):
 class ModelConfig(Section):
     model: FilePath
     """A Hugging Face directory, or one made by `tools/convert.py import`."""
-    family: str | None = None
+    family: OwnPart | None = None
     """null: by config.json's model_type, one of llama, qwen2, qwen3 and qwen3_moe. MODULE:NAME: your own, a
     megatron_opd.weights.families.Family."""
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
@@ -56,7 +56,7 @@ class ModelConfig(Section):
     those of earlier training passes, hence for the student alone. mxfp8 needs Blackwell."""
     fp8_params: bool = False
     """Keep parameters in FP8 and gather them in FP8. The student needs train.distributed_optimizer."""
-    fp8_bf16_ends: int = Field(default=0, ge=0)
+    fp8_bf16_ends: Count = 0
     """Number of layers at each end of the model that stay in bf16. Not with fp8_recipe: delayed."""
     implementation: Literal["auto", "transformer_engine", "local"] = "auto"
     """Layer implementation. auto: Transformer Engine on GPUs (an error if it is missing), local without a GPU."""

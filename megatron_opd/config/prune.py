@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from megatron_opd.config.base import Fraction, Positive, Section
-from megatron_opd.plugins import SIGNALS, TOKEN_WEIGHTINGS, check_name
+from megatron_opd.config.base import Count, Fraction, Positive, Section, SignalName, WeightingName
 
 
 class BudgetConfig(Section):
@@ -25,7 +24,7 @@ class BudgetConfig(Section):
     """The budget never grows above this; with `preset: off` it is the budget of every step."""
     step: Positive = 100
     """Tokens by which the budget grows or shrinks."""
-    margin: int = Field(default=100, ge=0)
+    margin: Count = 100
     """A response is a hit where its effective length reaches max(minimum, budget - margin)."""
     hit_ratio: float = Field(default=0.1, gt=0.0, le=1.0)
     """Share of hits in a batch from which the budget grows."""
@@ -69,12 +68,12 @@ class PruneConfig(Section):
     and training stop at the drift point. off: plain on-policy distillation, nothing watched, budget at its maximum.
     The others are published relatives, without a drift signal (docs/methods.md): topd (budget at a share of its
     maximum), popd and prefix (a growing budget), iw and tip (token weights), random_window (their control)."""
-    signal: str = "overlap"
+    signal: SignalName = "overlap"
     """What makes a drift event. overlap: low top-k overlap. teacher_top_p: a sampled token outside the teacher's
     nucleus. none: nothing. MODULE:NAME: your own, a subclass of megatron_opd.prune.signals.DriftSignal."""
     signal_options: dict[str, Any] = Field(default_factory=dict)
     """Options of a signal of your own, given to it by keyword."""
-    token_weighting: str = "none"
+    token_weighting: WeightingName = "none"
     """How much each response token counts beside drift. none: all the same. iw: falls with the disagreement before it.
     tip: those with most entropy or disagreement alone. random_window: those of a random window alone. MODULE:NAME: your
     own, a subclass of megatron_opd.prune.token_weighting.TokenWeighting."""
@@ -120,16 +119,6 @@ class PruneConfig(Section):
                 values = {**values, "budget": {**preset["budget"], **budget}}
             return {**preset, **values}
         return values
-
-    @field_validator("signal")
-    @classmethod
-    def _known_signal(cls, value: str) -> str:
-        return check_name(value, SIGNALS)
-
-    @field_validator("token_weighting")
-    @classmethod
-    def _known_weighting(cls, value: str) -> str:
-        return check_name(value, TOKEN_WEIGHTINGS)
 
     @property
     def watches_drift(self) -> bool:

@@ -2,73 +2,95 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from megatron_opd.config.base import FilePath, Positive, Section
-from megatron_opd.plugins import ENGINES, check_name
+from megatron_opd.config.base import Count, EngineName, FilePath, Positive, Seconds, Section
+
+VLLM_KEYS = (
+    "mode",
+    "tensor",
+    "gpu_memory_utilization",
+    "cpu_cache_mb",
+    "enforce_eager",
+    "max_model_len",
+    "servers",
+    "api_key_env",
+    "server_timeout_s",
+    "server_retries",
+    "transfer",
+    "transfer_dir",
+)  # lay in `rollout` itself
 
 
-class RolloutConfig(Section):
-    engine: str = "megatron"
-    """megatron: inside the training ranks, needs nothing else. vllm: what a cluster uses. MODULE:NAME: your own, a
-    subclass of megatron_opd.rollout.base.RolloutEngine."""
-    engine_options: dict[str, Any] = Field(default_factory=dict)
-    """Options of an engine of your own, given to it by keyword."""
+class VllmConfig(Section):
     mode: Literal["colocate", "server"] = "colocate"
-    """vLLM only. colocate: engines inside the training ranks. server: `vllm serve` processes at `servers`."""
-    temperature: float = Field(default=1.0, ge=0.0)
-    """Sampling temperature; 0 is greedy. The method uses 1.0."""
-    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
-    """Nucleus sampling; 1.0 is off."""
-    top_k: int = Field(default=0, ge=0)
-    """Sample among the k most likely tokens; 0 is off."""
-    max_batch: Positive = 256
-    """Responses in generation at once per data- and context-parallel rank (or vLLM engine); the others wait for a free
-    place."""
+    """colocate: engines inside the training ranks. server: `vllm serve` processes at `servers`."""
     tensor: Positive = 1
-    """vLLM only: tensor-parallel size of one engine."""
+    """Tensor-parallel size of one engine."""
     gpu_memory_utilization: float = Field(default=0.4, gt=0.0, le=1.0)
-    """vLLM only: share of GPU memory that a colocated engine may use."""
+    """Share of GPU memory that a colocated engine may use."""
     cpu_cache_mb: Positive = 512
-    """vLLM without a GPU: key/value cache of a colocated engine."""
+    """Without a GPU: key/value cache of a colocated engine."""
     enforce_eager: bool = False
-    """vLLM only: no CUDA graphs and no compilation in colocated engines; slower, but ready sooner. Always so without a
-    GPU. Servers take vLLM's own --enforce-eager."""
-    max_model_len: int | None = None
-    """vLLM only: longest prompt plus response; null takes what the config can reach."""
+    """No CUDA graphs and no compilation in colocated engines; slower, but ready sooner. Always so without a GPU.
+    Servers take vLLM's own --enforce-eager."""
+    max_model_len: Positive | None = None
+    """Longest prompt plus response; null takes what the config can reach."""
     servers: list[str] = Field(default_factory=list)
     """vLLM servers as http://HOST:PORT, one per replica."""
-    api_key_env: str = "MEGATRON_OPD_VLLM_API_KEY"
+    api_key_env: str = Field(default="MEGATRON_OPD_VLLM_API_KEY", min_length=1)
     """Environment variable that holds the servers' API key; unset means none is sent."""
-    server_timeout_s: float = Field(default=600.0, gt=0)
+    server_timeout_s: Seconds = 600.0
     """A request without a reply for this long counts as failed and goes to another replica."""
-    server_retries: int = Field(default=5, ge=0)
+    server_retries: int = Field(default=5, ge=0, le=100)
     """Attempts per request after the first, with doubling back-off."""
     transfer: Literal["auto", "nccl", "ipc", "file"] = "auto"
     """How parameters reach the engines. auto: CUDA IPC or NCCL on GPUs, shared memory or the file system without."""
     transfer_dir: FilePath | None = None
     """Directory for `transfer: file` that servers can read; null takes /dev/shm on one node."""
+
+
+class RolloutConfig(Section):
+    renamed: ClassVar[dict[str, str]] = {name: f"vllm.{name}" for name in VLLM_KEYS}
+
+    engine: EngineName = "megatron"
+    """megatron: inside the training ranks, needs nothing else. vllm: what a cluster uses. MODULE:NAME: your own, a
+    subclass of megatron_opd.rollout.base.RolloutEngine."""
+    engine_options: dict[str, Any] = Field(default_factory=dict)
+    """Options of an engine of your own, given to it by keyword."""
+    temperature: float = Field(default=1.0, ge=0.0)
+    """Sampling temperature; 0 is greedy. The method uses 1.0."""
+    top_p: float = Field(default=1.0, gt=0.0, le=1.0)
+    """Nucleus sampling; 1.0 is off."""
+    top_k: Count = 0
+    """Sample among the k most likely tokens; 0 is off."""
+    max_batch: Positive = 256
+    """Responses in generation at once per data- and context-parallel rank (or vLLM engine); the others wait for a free
+    place."""
     bucket_mb: Positive = 512
     """Parameters are gathered and handed over in buckets of at most this size."""
-    sync_tolerance: float = Field(default=0.02, gt=0)
-    """Largest gap (nats) between the engine's and the trainer's log-probs on the probe prompt after a hand-over. Where
-    it is not given and `student.precision` is bf16, it is 1.0: bf16 logits of 16 to 32 are 0.125 apart."""
+    sync_tolerance: float | None = Field(default=None, gt=0)
+    """Largest gap (nats) between the engine's and the trainer's log-probs on the probe prompt after a hand-over. null:
+    0.02, and 1.0 where `student.precision` is bf16, whose logits of 16 to 32 are 0.125 apart."""
     gap_threshold: float = Field(default=0.5, gt=0)
     """A sampled token whose rollout and student log-probs differ by more (nats) is counted in the metrics."""
     importance_clip: float | None = Field(default=None, gt=0)
     """Truncated importance weights min(p_student / p_rollout, clip) on the loss; null for none."""
+    vllm: VllmConfig = Field(default_factory=VllmConfig)
+    """What `engine: vllm` alone has."""
 
-    @field_validator("engine")
-    @classmethod
-    def _known_engine(cls, value: str) -> str:
-        return check_name(value, ENGINES)
+    def tolerance(self, precision: Literal["fp32", "bf16"]) -> float:
+        """`sync_tolerance` for a student of this precision, in nats."""
+        if self.sync_tolerance is not None:
+            return self.sync_tolerance
+        return 1.0 if precision == "bf16" else 0.02
 
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
-        if self.engine == "vllm" and self.mode == "server" and not self.servers:
-            raise ValueError("mode: server needs servers: [http://HOST:PORT, ...]")
-        if self.engine != "vllm" and self.mode == "server":
-            raise ValueError(f"mode: server needs engine: vllm; engine: {self.engine} has no servers")
+        if self.engine == "vllm" and self.vllm.mode == "server" and not self.vllm.servers:
+            raise ValueError("vllm.mode: server needs vllm.servers: [http://HOST:PORT, ...]")
+        if self.engine != "vllm" and self.vllm.mode == "server":
+            raise ValueError(f"vllm.mode: server needs engine: vllm; engine: {self.engine} has no servers")
         return self

@@ -114,6 +114,4 @@ class Config(Section):
             problems.append(f"eval.sets: names must differ, got {names}")
         if problems:
             raise ValueError("; ".join(problems))
-        if self.student.precision == "bf16" and "sync_tolerance" not in self.rollout.model_fields_set:
-            self.rollout.sync_tolerance = 1.0
         return self

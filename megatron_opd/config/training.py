@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, model_validator
 
-from megatron_opd.config.base import Fraction, Positive, Section
-from megatron_opd.plugins import LOSSES, check_name
+from megatron_opd.config.base import LARGEST_SEED, Count, Fraction, LossName, Positive, Seconds, Section
+from megatron_opd.plugins import LOSSES
 
 
 class LossConfig(Section):
-    kind: str = "topk_reverse_kl"
+    kind: LossName = "topk_reverse_kl"
     """The distillation loss: topk_reverse_kl (the published one), sampled_reverse_kl, full_reverse_kl, forward_kl,
     generalized_jsd, or MODULE:NAME, a subclass of megatron_opd.losses.Loss of your own."""
     options: dict[str, Any] = Field(default_factory=dict)
@@ -35,11 +35,6 @@ class LossConfig(Section):
         """What the loss is built with: `options`, and the keys of this section that are its own."""
         entry = LOSSES.get(self.kind)
         return {name: getattr(self, name) for name in entry.options} if entry else dict(self.options)
-
-    @field_validator("kind")
-    @classmethod
-    def _known_kind(cls, value: str) -> str:
-        return check_name(value, LOSSES)
 
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
@@ -71,7 +66,7 @@ class TrainConfig(Section):
     """Learning rate at the end of the decay."""
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay from lr to min_lr over `steps`."""
-    warmup_steps: int = Field(default=0, ge=0)
+    warmup_steps: Count = 0
     """Steps of linear warm-up from 0."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW weight decay (not on norms and biases)."""
@@ -88,13 +83,13 @@ class TrainConfig(Section):
     tokens_per_microbatch: Positive = 16384
     """Sequences are packed into micro-batches of at most this many tokens (a longer sequence gets its own), counted
     over all context-parallel ranks, of which each holds 1/context."""
-    seed: int = 1234
+    seed: Annotated[int, Field(ge=-LARGEST_SEED, le=LARGEST_SEED)] = 1234
     """Seeds sampling, shuffling and initialisation."""
     max_bad_steps: Positive = 3
     """Steps in a row with NaN or infinite loss or gradients after which the run stops; each such step is skipped."""
     spike_factor: float | None = Field(default=None, gt=1)
     """Skip a step whose gradient norm exceeds this multiple of the running median; null for never."""
-    watchdog_s: float = Field(default=1800.0, gt=0)
+    watchdog_s: Seconds = 1800.0
     """A step that takes longer writes every rank's stack to its log and ends the job. Outside steps, in an evaluation
     say, it is how long a rank waits for another one in a collective."""
 
@@ -108,13 +103,13 @@ class TrainConfig(Section):
 
 
 class CheckpointConfig(Section):
-    every: int = Field(default=20, ge=0)
+    every: Count = 20
     """Save after every N steps; with 0 the run is saved at its end only."""
     resume: Literal["auto", "never"] = "auto"
     """auto: go on from the newest complete checkpoint of run_dir. never: refuse a run_dir that has one."""
     keep_last: Positive = 2
     """Newest checkpoints kept."""
-    keep_every: int = Field(default=0, ge=0)
+    keep_every: Count = 0
     """Checkpoints at multiples of N steps are kept for good; 0 keeps none."""
     asynchronous: bool = False
     """Write in the background while training goes on."""

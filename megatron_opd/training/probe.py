@@ -24,7 +24,7 @@ class HandoverProbe:
     """
 
     def __init__(self, config: Config, trainer: Trainer, engine: RolloutEngine) -> None:
-        self.tolerance = config.rollout.sync_tolerance
+        self.tolerance = config.rollout.tolerance(config.student.precision)
         self.trainer, self.engine = trainer, engine
         generator = torch.Generator().manual_seed(config.train.seed)
         self.tokens = torch.randint(trainer.student.vocab_size, (PROBE_TOKENS,), generator=generator).tolist()

@@ -92,7 +92,7 @@ def test_doctor_of_a_lone_process_with_vllm(tmp_path: Path) -> None:
         "1",
         f"run_dir={tmp_path / 'run'}",
         "rollout.engine=vllm",
-        "rollout.cpu_cache_mb=128",
+        "rollout.vllm.cpu_cache_mb=128",
         "student.parallel={tensor: 1}",
         "teacher.parallel={pipeline: 1}",
         "train.prompts_per_step=4",

@@ -45,7 +45,7 @@ def test_every_key_is_documented() -> None:
 
 def test_all_problems_are_reported_at_once_with_the_nearest_key(file: Path) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_config(file, ["train.stpes=5", "prune.thresold=0.5", "prune.w_drop=7", "rollout.mode=server"])
+        load_config(file, ["train.stpes=5", "prune.thresold=0.5", "prune.w_drop=7", "rollout.vllm.mode=server"])
     text = str(caught.value)
     assert "train.stpes: unknown key; did you mean train.steps?" in text
     assert "did you mean prune.threshold?" in text

@@ -117,7 +117,12 @@ def test_it_stops_the_responses_of_vllm(tmp_path):
     run = TinyRun(tmp_path, **SHORT)
     make_model(tmp_path / "wide", tmp_path / "student" / "tokenizer.model", seed=0, head_dim=32)  # vLLM's smallest
     alone = ("student.model=FOLDER/wide", "student.parallel={}", "teacher.parallel={}")
-    engine = ("rollout.engine=vllm", "rollout.cpu_cache_mb=32", "rollout.max_batch=2", "rollout.max_model_len=64")
+    engine = (
+        "rollout.engine=vllm",
+        "rollout.vllm.cpu_cache_mb=32",
+        "rollout.max_batch=2",
+        "rollout.vllm.max_model_len=64",
+    )
     case = Case("vllm", (*alone, *engine, *MODES["in_flight"], OWN, options(1)))
     outcome = run_distributed(1, with_vllm, run.folder, case, fresh=True)[0]
     assert not outcome.error, outcome.error

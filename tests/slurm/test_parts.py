@@ -186,8 +186,8 @@ def test_servers_take_the_last_nodes(tmp_path: Path) -> None:
     gpus, servers, train = sorted(commands, key=lambda line: ("slurm/launch.py" in line, "serve.sh" in line))
     assert "--nodelist=n3" in gpus and "--nodes=1 --ntasks=1 --nodelist=n3" in servers
     assert "--nodes=2 --ntasks=2 --nodelist=n1,n2" in train
-    override = 'rollout.engine=vllm rollout.mode=server rollout.servers=["http://n3:9000"] '
-    assert f"{override}rollout.transfer_dir={tmp_path}/run/transfer train.steps=5" in train
+    override = 'rollout.engine=vllm rollout.vllm.mode=server rollout.vllm.servers=["http://n3:9000"] '
+    assert f"{override}rollout.vllm.transfer_dir={tmp_path}/run/transfer train.steps=5" in train
 
 
 ENDED = """[[ "$*" =~ --log-dir\\ ([^ ]+) ]] && logs=${BASH_REMATCH[1]} || exit 0

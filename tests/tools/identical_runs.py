@@ -62,7 +62,7 @@ CONFIG: dict[str, Any] = {
     "data.template": "none",
     "data.verifier": "verifier_of_identical_metrics:even",
     "checkpoint.every": 0,
-    "rollout.cpu_cache_mb": 32,
+    "rollout.cpu_cache_mb": 32,  # its old name, as are those of the servers: BEFORE may know no other
 }
 CLOSE = ("student.model=MODELS/student_close", "prune.threshold=0.8")
 IN_FLIGHT = ("prune.preset=in_flight",)

@@ -174,4 +174,4 @@ def _budget(tokens: int) -> list[str]:
 def _example(bench: Bench, pair: str, folder: Path, *changes: str) -> Config:
     """A config of the embedded example, on one process of this device."""
     plain = ["student.parallel={}", "teacher.parallel={}", f"device={bench.kind}", f"run_dir={folder / 'run'}"]
-    return load_config(EXAMPLE / f"{pair}.yaml", [*plain, *changes])
+    return load_config(EXAMPLE / f"{pair}.yaml", [*plain], [*changes])

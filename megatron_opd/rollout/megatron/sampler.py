@@ -29,6 +29,7 @@ class Sampled:
 
 def uniform(seed: int, index: Tensor, position: Tensor) -> Tensor:
     """[B] float64 in [0, 1): splitmix64 over (seed, index, position), both [B] int64."""
+    seed = (seed + 2**63) % 2**64 - 2**63  # a step's seed may have outgrown 64 bits
     state = _mix(torch.full_like(index, seed) * -7046029254386353131 + index)
     state = _mix(state + position * -4658895280553007687)
     return ((state >> 11) & ((1 << 53) - 1)).double() * 2.0**-53

@@ -39,7 +39,7 @@ class Replica:
     def __init__(self, url: str, api_key: str | None, timeout_s: float):
         parts = urlsplit(url if "//" in url else f"http://{url}")
         if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise ConfigError(f"rollout.servers: {url!r} is not http://HOST:PORT")
+            raise ConfigError(f"rollout.vllm.servers: {url!r} is not http://HOST:PORT")
         self.url = url.rstrip("/")
         self._parts, self._timeout_s = parts, timeout_s
         self._headers = {"Content-Type": "application/json"}

@@ -1,12 +1,12 @@
 """vLLM inside the training ranks.
 
-Every `rollout.tensor` consecutive ranks share one engine (vLLM's external launcher: each of them runs the scheduler on
-the same requests and holds its part of the model); the engines split the requests. vLLM builds its process groups next
-to Megatron's on the default group that the trainer has initialised; neither touches the other's.
+Every `rollout.vllm.tensor` consecutive ranks share one engine (vLLM's external launcher: each of them runs the
+scheduler on the same requests and holds its part of the model); the engines split the requests. vLLM builds its process
+groups next to Megatron's on the default group that the trainer has initialised; neither touches the other's.
 
 The engine starts with random parameters, since `update_parameters` replaces all of them before anything is generated.
-Memory: on GPUs `rollout.gpu_memory_utilization` of the device, given back while asleep; on the CPU a key/value cache of
-`rollout.cpu_cache_mb`, and sleeping changes nothing, since there is no memory to hand over.
+Memory: on GPUs `rollout.vllm.gpu_memory_utilization` of the device, given back while asleep; on the CPU a key/value
+cache of `rollout.vllm.cpu_cache_mb`, and sleeping changes nothing, since there is no memory to hand over.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class VllmColocateEngine(RolloutEngine):
     """See the module's docstring. Construction is collective and takes 10 to 60 s.
 
     `model_dir` needs the model's config alone. `eos_ids` end an answer and belong to it. `max_model_len` is the longest
-    prompt plus response, unless `config.max_model_len` gives one. Raises ConfigError where `config.tensor` does not
-    divide the number of ranks.
+    prompt plus response, unless `config.vllm.max_model_len` gives one. Raises ConfigError where `config.vllm.tensor`
+    does not divide the number of ranks.
     """
 
     def __init__(
@@ -63,14 +63,15 @@ class VllmColocateEngine(RolloutEngine):
         precision: Literal["fp32", "bf16"] = "bf16",
     ) -> None:
         self.config = config
+        self.tolerance = config.tolerance(precision)
         self.eos_ids = sorted(eos_ids)
-        self.max_model_len = config.max_model_len or max_model_len
+        self.max_model_len = config.vllm.max_model_len or max_model_len
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        if self.world_size % config.tensor:
+        if self.world_size % config.vllm.tensor:
             raise ConfigError(
-                f"rollout.tensor: {config.tensor} must divide the number of training ranks, {self.world_size}"
+                f"rollout.vllm.tensor: {config.vllm.tensor} must divide the number of training ranks, {self.world_size}"
             )
-        self.engines = self.world_size // config.tensor
+        self.engines = self.world_size // config.vllm.tensor
         self.group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self._asleep = False
         with _process_state_kept():
@@ -124,8 +125,8 @@ class VllmColocateEngine(RolloutEngine):
             return [row[token].logprob for row, token in zip(table[1:], tokens[1:], strict=True)]
 
         rows = self._gather(self._everywhere(run))
-        names = [f"engine of rank {i * self.config.tensor}" for i in range(self.engines)]
-        return agreeing_probe(rows, names, self.config.sync_tolerance)
+        names = [f"engine of rank {i * self.config.vllm.tensor}" for i in range(self.engines)]
+        return agreeing_probe(rows, names, self.tolerance)
 
     def sleep(self) -> None:
         if torch.cuda.is_available() and not self._asleep:
@@ -158,20 +159,20 @@ class VllmColocateEngine(RolloutEngine):
             skip_tokenizer_init=True,
             generation_config="vllm",
             dtype={"fp32": "float32", "bf16": "bfloat16"}[precision],
-            tensor_parallel_size=config.tensor,
+            tensor_parallel_size=config.vllm.tensor,
             distributed_executor_backend="external_launcher",
             max_model_len=self.max_model_len,
             max_num_seqs=config.max_batch,
             logprobs_mode="raw_logprobs",
             max_logprobs=-1,
-            enforce_eager=config.enforce_eager or not gpu,
+            enforce_eager=config.vllm.enforce_eager or not gpu,
             disable_log_stats=True,
         )
         if gpu:
-            arguments |= dict(gpu_memory_utilization=config.gpu_memory_utilization, enable_sleep_mode=True)
+            arguments |= dict(gpu_memory_utilization=config.vllm.gpu_memory_utilization, enable_sleep_mode=True)
         else:
             # vLLM 0.32 winds a seeded generator back where it splits a prompt, which a CPU's generator cannot
-            arguments |= dict(kv_cache_memory_bytes=config.cpu_cache_mb << 20, enable_chunked_prefill=False)
+            arguments |= dict(kv_cache_memory_bytes=config.vllm.cpu_cache_mb << 20, enable_chunked_prefill=False)
         # A name of this run's own, for the CPU build's shared memory.
         with nullcontext() if gpu else vllm.named_launch(from_rank_0(uuid.uuid4().hex, self.group)):
             llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
@@ -181,11 +182,11 @@ class VllmColocateEngine(RolloutEngine):
     @property
     def _owner(self) -> bool:
         """Whether this rank speaks for its engine; the engine's other ranks hold the same responses."""
-        return self.rank % self.config.tensor == 0
+        return self.rank % self.config.vllm.tensor == 0
 
     def _share(self, requests: Sequence[Request]) -> Sequence[Request]:
         """This engine's part: consecutive requests, so that a prompt's responses share its prefix in the cache."""
-        engine, count = self.rank // self.config.tensor, len(requests)
+        engine, count = self.rank // self.config.vllm.tensor, len(requests)
         return requests[count * engine // self.engines : count * (engine + 1) // self.engines]
 
     def _add(self, name: str, tokens: list[int], params: Any) -> None:
@@ -261,7 +262,7 @@ class VllmColocateEngine(RolloutEngine):
     def _gather(self, value: _T) -> list[_T]:
         """One value per engine, from its first rank; the other ranks of an engine hold the same."""
         values: list[Any] = all_gather(value if self._owner else None, self.group)
-        return values[:: self.config.tensor]
+        return values[:: self.config.vllm.tensor]
 
 
 @contextmanager

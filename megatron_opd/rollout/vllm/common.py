@@ -57,7 +57,7 @@ def check_requests(requests: Sequence[Request], sampling: Sampling, max_model_le
         if length + sampling.max_tokens > max_model_len:
             raise ValueError(
                 f"prompt {request.prompt.uid} has {length} tokens; with {sampling.max_tokens} to generate that is more "
-                f"than rollout.max_model_len: {max_model_len}"
+                f"than rollout.vllm.max_model_len: {max_model_len}"
             )
     if len({request.index for request in requests}) != len(requests):
         raise ValueError("two requests have the same index; an index names one answer of the batch")

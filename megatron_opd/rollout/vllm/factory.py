@@ -16,10 +16,10 @@ def vllm_engine(setup: EngineSetup) -> RolloutEngine:
             "without, or set rollout.engine: megatron"
         )
     rollout, student = setup.config.rollout, setup.config.student
-    if rollout.mode == "server":
+    if rollout.vllm.mode == "server":
         from megatron_opd.rollout.vllm.server import VllmServerEngine
 
-        return VllmServerEngine(rollout, setup.eos_ids, setup.max_tokens)
+        return VllmServerEngine(rollout, setup.eos_ids, setup.max_tokens, student.precision)
     from megatron_opd.rollout.vllm.colocate import VllmColocateEngine
 
     return VllmColocateEngine(rollout, student.model, setup.eos_ids, setup.max_tokens, student.precision)

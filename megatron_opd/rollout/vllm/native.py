@@ -86,7 +86,7 @@ class NativeTransfer:
 
     def __init__(self, backend: str, bucket_bytes: int, replicas: list[Replica]):
         if not torch.cuda.is_available():
-            raise ValueError(f"rollout.transfer: {backend} needs GPUs; without one use transfer: file")
+            raise ValueError(f"rollout.vllm.transfer: {backend} needs GPUs; without one use transfer: file")
         self.backend, self.bucket_bytes = backend, bucket_bytes
         self.replicas = {replica.url: replica for replica in replicas}
         self.rank = dist.get_rank() if dist.is_initialized() else 0

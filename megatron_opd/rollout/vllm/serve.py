@@ -2,10 +2,10 @@
 
     python -m megatron_opd.rollout.vllm.serve --model DIR --port 8001 [--host 127.0.0.1] [--tensor N] [-- VLLM OPTIONS]
 
-It is `vllm serve` with what `rollout.mode: server` relies on: token ids in and out, raw log-probs, the weight transfer
-routes (nccl, ipc or file), and, since vLLM guards only its generation routes with the API key, a guard for all others.
-It starts with random parameters: the trainer hands over its own before the first answer. The API key is read from the
-environment variable that `--api-key-env` names, so that it shows in no process list.
+It is `vllm serve` with what `rollout.vllm.mode: server` relies on: token ids in and out, raw log-probs, the weight
+transfer routes (nccl, ipc or file), and, since vLLM guards only its generation routes with the API key, a guard for all
+others. It starts with random parameters: the trainer hands over its own before the first response. The API key is read
+from the environment variable that `--api-key-env` names, so that it shows in no process list.
 """
 
 from __future__ import annotations
@@ -49,7 +49,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus response; default: the model's own")
     parser.add_argument("--max-batch", type=int, default=256, help="answers in generation at once: rollout.max_batch")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="as student.precision")
-    parser.add_argument("--transfer", choices=["auto", "nccl", "ipc", "file"], default="auto", help="rollout.transfer")
+    parser.add_argument(
+        "--transfer", choices=["auto", "nccl", "ipc", "file"], default="auto", help="rollout.vllm.transfer"
+    )
     parser.add_argument("--cpu-cache-mb", type=int, default=512, help="key/value cache without a GPU")
     parser.add_argument("--api-key-env", default=API_KEY_ENV, help="environment variable with the API key")
     parser.add_argument("vllm", nargs="*", help="after --: further options of `vllm serve`")

@@ -22,7 +22,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -53,23 +53,32 @@ class VllmServerEngine(RolloutEngine):
     """See the module's docstring. Construction is collective and waits up to `server_timeout_s` for all servers.
 
     `eos_ids` end an answer and belong to it. `max_model_len` is the longest prompt plus response, unless
-    `config.max_model_len` gives one; servers must be started with at least that.
+    `config.vllm.max_model_len` gives one; servers must be started with at least that.
     """
 
-    def __init__(self, config: RolloutConfig, eos_ids: Iterable[int], max_model_len: int) -> None:
+    def __init__(
+        self,
+        config: RolloutConfig,
+        eos_ids: Iterable[int],
+        max_model_len: int,
+        precision: Literal["fp32", "bf16"] = "bf16",
+    ) -> None:
         self.config = config
+        self.tolerance = config.tolerance(precision)
         self.eos_ids = sorted(eos_ids)
-        self.max_model_len = config.max_model_len or max_model_len
+        self.max_model_len = config.vllm.max_model_len or max_model_len
         self.distributed = dist.is_initialized()
         self.first = not self.distributed or dist.get_rank() == 0
         self.group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT) if self.distributed else None
-        self.transfer = config.transfer
+        self.transfer = config.vllm.transfer
         if self.transfer == "auto":
             self.transfer = "nccl" if torch.cuda.is_available() else "file"
         if self.transfer != "file" and not torch.cuda.is_available():
-            raise ConfigError(f"rollout.transfer: {self.transfer} needs GPUs; without one use transfer: file")
-        key = os.environ.get(config.api_key_env)
-        self.pool = Pool([Replica(url, key, config.server_timeout_s) for url in config.servers], config.max_batch)
+            raise ConfigError(f"rollout.vllm.transfer: {self.transfer} needs GPUs; without one use transfer: file")
+        key = os.environ.get(config.vllm.api_key_env)
+        self.pool = Pool(
+            [Replica(url, key, config.vllm.server_timeout_s) for url in config.vllm.servers], config.max_batch
+        )
         self._run_name = uuid.uuid4().hex[:12]
         self._files: TransferFiles | None = None
         self._native: Any = None
@@ -130,7 +139,7 @@ class VllmServerEngine(RolloutEngine):
                 names.append(replica.url)
             if not rows:
                 raise RolloutError(f"no vLLM server is left: {self.pool.describe()}")
-            return agreeing_probe(rows, names, self.config.sync_tolerance)
+            return agreeing_probe(rows, names, self.tolerance)
 
         return self._on_first(ask)
 
@@ -157,7 +166,7 @@ class VllmServerEngine(RolloutEngine):
         logger.info("%s took weight version %d", replica.url, version)
 
     def _wait_for_servers(self) -> None:
-        deadline = time.monotonic() + self.config.server_timeout_s
+        deadline = time.monotonic() + self.config.vllm.server_timeout_s
         attempt = 0
         while True:
             self.pool.restore_all(lambda replica: replica.call("GET", "/health"))
@@ -167,22 +176,22 @@ class VllmServerEngine(RolloutEngine):
             pause = min(backoff_s(attempt), 5.0)
             if time.monotonic() + pause > deadline:
                 raise RolloutError(
-                    f"vLLM servers did not come up within rollout.server_timeout_s: {self.config.server_timeout_s}: "
-                    + self.pool.describe()
+                    "vLLM servers did not come up within rollout.vllm.server_timeout_s: "
+                    f"{self.config.vllm.server_timeout_s}: " + self.pool.describe()
                 )
             time.sleep(pause)
 
     def _write(self, named: Iterator[tuple[str, Tensor]]) -> None:
         try:
             if self._files is None:
-                self._files = TransferFiles(self.config.transfer_dir or "/dev/shm", self.config.bucket_mb << 20)
+                self._files = TransferFiles(self.config.vllm.transfer_dir or "/dev/shm", self.config.bucket_mb << 20)
             self._files.write(named)
         finally:
             for _ in named:  # where writing failed: the other ranks wait for this one in the stream's collectives
                 pass
 
     def _hand_over(self, version: int) -> None:
-        for attempt in range(self.config.server_retries + 1):
+        for attempt in range(self.config.vllm.server_retries + 1):
             if attempt:
                 time.sleep(backoff_s(attempt))
             self.pool.restore_all(lambda replica: self.restore(replica, version))
@@ -273,7 +282,7 @@ class _Run:
 
     def _generate(self, response: Response) -> None:
         """Brings one response to its end, on one replica after the other if need be."""
-        pool, retries = self.engine.pool, self.engine.config.server_retries
+        pool, retries = self.engine.pool, self.engine.config.vllm.server_retries
         failures = 0
         failed: Counter[Replica] = Counter()
         while not self._done(response):
@@ -294,9 +303,8 @@ class _Run:
             if failures > retries:
                 left = "" if pool.live else "no vLLM server is left; "
                 raise RolloutError(
-                    f"response {response.request.index} failed {failures} times (rollout.server_retries: {retries}); "
-                    + left
-                    + pool.describe()
+                    f"response {response.request.index} failed {failures} times "
+                    f"(rollout.vllm.server_retries: {retries}); " + left + pool.describe()
                 )
             self.closed.wait(backoff_s(failures))
 

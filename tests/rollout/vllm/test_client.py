@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd.config import RolloutConfig, VllmConfig
 from megatron_opd.rollout.base import Sampling
 from megatron_opd.rollout.vllm.common import (
     RolloutError,
@@ -138,10 +138,13 @@ def servers():
         server.close()
 
 
+def server_config(servers: list[str], max_batch: int = 4, bucket_mb: int = 512, **keys) -> RolloutConfig:
+    vllm = VllmConfig(mode="server", servers=servers, **{"server_timeout_s": 300.0, "server_retries": 2, **keys})
+    return RolloutConfig(engine="vllm", max_batch=max_batch, bucket_mb=bucket_mb, vllm=vllm)
+
+
 def build(servers, **keys):
-    keys = {"max_batch": 4, "server_timeout_s": 300.0, "server_retries": 2, **keys}
-    config = RolloutConfig(engine="vllm", mode="server", servers=[server.url for server in servers], **keys)
-    engine = VllmServerEngine(config, {EOS}, 128)
+    engine = VllmServerEngine(server_config([server.url for server in servers], **keys), {EOS}, 128, "fp32")
     engine.update_parameters(parameters, 0)
     return engine
 
@@ -235,7 +238,7 @@ def test_with_no_server_left_the_error_names_the_addresses(servers):
     for server in servers:
         server.broken, server.after = "die", 3
     began = time.monotonic()
-    with pytest.raises(RolloutError, match="rollout.server_retries: 2") as raised:
+    with pytest.raises(RolloutError, match="rollout.vllm.server_retries: 2") as raised:
         engine.generate(requests(4), SAMPLING)
     assert all(server.url in str(raised.value) for server in servers)
     assert time.monotonic() - began > 1.4  # back-off of 0.5 s and 1 s
@@ -249,7 +252,7 @@ def test_with_no_server_left_the_error_names_the_addresses(servers):
 
 
 def test_servers_that_never_come_up_are_named():
-    config = RolloutConfig(engine="vllm", mode="server", servers=["http://127.0.0.1:9"], server_timeout_s=0.3)
+    config = server_config(servers=["http://127.0.0.1:9"], server_timeout_s=0.3)
     with pytest.raises(RolloutError, match=r"server_timeout_s: 0.3.*http://127.0.0.1:9: no connection"):
         VllmServerEngine(config, {EOS}, 128)
 
@@ -271,8 +274,8 @@ def test_a_refused_request_is_not_retried(servers, monkeypatch):
 
 
 def test_gpu_transfers_are_refused_without_a_gpu():
-    config = RolloutConfig(engine="vllm", mode="server", servers=["http://127.0.0.1:9"], transfer="nccl")
-    with pytest.raises(ValueError, match="rollout.transfer: nccl needs GPUs"):
+    config = server_config(servers=["http://127.0.0.1:9"], transfer="nccl")
+    with pytest.raises(ValueError, match="rollout.vllm.transfer: nccl needs GPUs"):
         VllmServerEngine(config, {EOS}, 128)
 
 

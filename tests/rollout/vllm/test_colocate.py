@@ -8,7 +8,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd.config import RolloutConfig, VllmConfig
 from megatron_opd.rollout.base import Sampling
 from tests.distributed import run_distributed
 from tests.rollout.vllm.tiny import (
@@ -38,7 +38,7 @@ def build(paths, tensor=1, max_batch=4):
     os.environ.update(UNCOMPILED)  # before vLLM is imported
     from megatron_opd.rollout.vllm.colocate import VllmColocateEngine
 
-    config = RolloutConfig(engine="vllm", max_batch=max_batch, cpu_cache_mb=32, tensor=tensor)
+    config = RolloutConfig(engine="vllm", max_batch=max_batch, vllm=VllmConfig(cpu_cache_mb=32, tensor=tensor))
     return VllmColocateEngine(config, paths[0], EOS, MAX_LEN, "fp32")
 
 
@@ -187,7 +187,7 @@ def test_nothing_is_generated_with_parameters_that_are_not_the_trainers(single):
 
 
 def test_a_response_that_cannot_fit_is_refused(single):
-    assert f"rollout.max_model_len: {MAX_LEN}" in single["too_long"]
+    assert f"rollout.vllm.max_model_len: {MAX_LEN}" in single["too_long"]
 
 
 def test_starting_vllm_leaves_the_trainers_random_state(single):

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd.config import RolloutConfig, VllmConfig
 from tests.distributed import run_distributed
 from tests.models.tiny_families import VOCAB, make
 from tests.rollout.vllm.tiny import UNCOMPILED
@@ -77,7 +77,7 @@ def gaps(rank: int, world_size: int, root: Path) -> dict[str, list[float]]:
     for family in FAMILIES:
         directories = [root / family / "0", root / family / "1"]
         wanted = [reference(directory) for directory in directories]
-        config = RolloutConfig(engine="vllm", max_batch=4, cpu_cache_mb=32, tensor=world_size)
+        config = RolloutConfig(engine="vllm", max_batch=4, vllm=VllmConfig(cpu_cache_mb=32, tensor=world_size))
         engine = VllmColocateEngine(config, directories[0], {1}, 128, "fp32")
         found[family] = []
 

@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from megatron_opd.config import RolloutConfig
+from megatron_opd.config import RolloutConfig, VllmConfig
 from megatron_opd.rollout.base import Sampling
 from megatron_opd.rollout.vllm.client import Replica
 from megatron_opd.rollout.vllm.common import RolloutError
@@ -102,14 +102,15 @@ def servers(paths, tmp_path_factory):
             server.kill()
 
 
-def config(urls, **keys):
-    return RolloutConfig(engine="vllm", mode="server", servers=urls, max_batch=4, server_retries=2, **keys)
+def config(urls, bucket_mb=512, **keys):
+    vllm = VllmConfig(mode="server", servers=urls, server_retries=2, **keys)
+    return RolloutConfig(engine="vllm", max_batch=4, bucket_mb=bucket_mb, vllm=vllm)
 
 
 @pytest.fixture(scope="module")
 def engine(servers):
     os.environ["MEGATRON_OPD_VLLM_API_KEY"] = KEY
-    built = VllmServerEngine(config([server.url for server in servers]), EOS, MAX_LEN)
+    built = VllmServerEngine(config([server.url for server in servers]), EOS, MAX_LEN, "fp32")
     del os.environ["MEGATRON_OPD_VLLM_API_KEY"]
     yield built
     built.close()
@@ -165,7 +166,7 @@ def test_a_server_with_foreign_parameters_gets_ours_before_it_generates(engine, 
     """Another run took over both servers: their answers never reach this one."""
     whole = texts(engine.generate(requests(10), SAMPLING))
     os.environ["MEGATRON_OPD_VLLM_API_KEY"] = KEY
-    other = VllmServerEngine(config([server.url for server in servers]), EOS, MAX_LEN)
+    other = VllmServerEngine(config([server.url for server in servers]), EOS, MAX_LEN, "fp32")
     del os.environ["MEGATRON_OPD_VLLM_API_KEY"]
     other.update_parameters(named(load(paths[1])), engine.policy_version)
     other.close()
@@ -182,7 +183,7 @@ def test_an_incomplete_handover_is_refused_and_repaired_by_the_next(engine, path
 
 def training_ranks(rank, world_size, urls, paths):
     os.environ["MEGATRON_OPD_VLLM_API_KEY"] = KEY
-    engine = VllmServerEngine(config(urls), EOS, MAX_LEN)
+    engine = VllmServerEngine(config(urls), EOS, MAX_LEN, "fp32")
     model = load(paths[0])
     passes = []
 
