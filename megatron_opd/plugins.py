@@ -22,7 +22,8 @@ from megatron_opd.errors import ConfigError
 OWN = re.compile(r"[A-Za-z_][\w.]*:[A-Za-z_]\w*")
 
 # What a loss needs of the teacher at each response token: log-probs of the student's k candidates; the log-prob of the
-# sampled token; or its logits over the whole vocabulary, which `score.mode: fused` alone has.
+# sampled token; or its logits over the whole vocabulary, which `score.mode: fused` has and `score.payload: hidden`
+# rebuilds.
 Reads = Literal["candidates", "sampled", "logits"]
 
 

@@ -55,9 +55,15 @@ class Config(Section):
         """What the rest of the config cannot give a loss that reads this of the teacher. Of a loss of the package the
         config knows it; of one's own, who has built it asks here."""
         problems = []
-        if reads == "logits" and self.score.mode != "fused":
+        if reads == "logits" and self.score.mode != "fused" and self.score.payload != "hidden":
             problems.append(
-                f"loss.kind: {self.loss.kind} reads the teacher's whole distribution; set score.mode: fused"
+                f"loss.kind: {self.loss.kind} reads the teacher's whole distribution; set score.mode: fused, or "
+                "score.payload: hidden, which any two layouts can have"
+            )
+        if reads != "logits" and self.score.payload == "hidden":
+            problems.append(
+                f"score.payload: hidden sends states that loss.kind: {self.loss.kind} does not read; set "
+                "score.payload: topk"
             )
         if self.loss.fused_head and not fused_head:
             problems.append(
@@ -82,6 +88,8 @@ class Config(Section):
                 "recipe"
             )
         if self.score.mode == "fused":
+            if self.score.payload != "topk":
+                problems.append("score.mode: fused has the teacher's logits and sends nothing; set score.payload: topk")
             if self.student.parallel != self.teacher.parallel:
                 problems.append("score.mode: fused needs student.parallel and teacher.parallel to be equal")
             if self.student.precision != self.teacher.precision:

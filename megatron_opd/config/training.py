@@ -49,6 +49,10 @@ class ScoreConfig(Section):
     mode: Literal["separate", "fused"] = "separate"
     """separate: the teacher's own forward pass in its own layout. fused: the teacher's stage runs beside the student's
     in one schedule; needs equal layouts."""
+    payload: Literal["topk", "hidden"] = "topk"
+    """What the teacher sends of each response token, with mode: separate. topk: log-probs of the student's candidates.
+    hidden: besides, the states that its output layer reads, from which the training ranks rebuild its logits chunk by
+    chunk: losses over the whole vocabulary then work in any two layouts and in flight."""
 
 
 class TrainConfig(Section):

@@ -12,7 +12,7 @@ and fused scoring follow. A loss that reads the student's whole distribution sub
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar
 
 import torch
@@ -30,6 +30,7 @@ class DistillTargets:
     them.
     sampled_ids, teacher_sampled_logprobs [tokens]: the sampled token and the teacher's log-prob of it.
     teacher_logits [tokens, vocab / tp]: sharded as the student's, for losses that read "logits".
+    teacher_hidden [tokens, teacher's hidden size]: what the teacher's output layer reads, see `losses/rebuilt.py`.
     """
 
     student_ids: Tensor | None = None
@@ -37,12 +38,18 @@ class DistillTargets:
     sampled_ids: Tensor | None = None
     teacher_sampled_logprobs: Tensor | None = None
     teacher_logits: Tensor | None = None
+    teacher_hidden: Tensor | None = None
 
     def first(self, k: int) -> DistillTargets:
         """These targets with the k most likely candidates alone."""
         if self.student_ids is None or self.teacher_logprobs is None:
             return self
         return replace(self, student_ids=self.student_ids[:, :k], teacher_logprobs=self.teacher_logprobs[:, :k])
+
+    def of_tokens(self, tokens: slice) -> DistillTargets:
+        """These targets for some of the tokens."""
+        parts = {field.name: getattr(self, field.name) for field in fields(self)}
+        return DistillTargets(**{name: None if value is None else value[tokens] for name, value in parts.items()})
 
     def require(self, loss: Loss, field: str) -> Tensor:
         """The tensor in `field`; raises ValueError naming the loss that needs it."""

@@ -31,6 +31,7 @@ class Scoring(ABC):
         self.config, self.engine, self.teacher = config, engine, teacher
         self.signal = make_signal(config.prune)
         self.candidates = config.candidates
+        self.sends_hidden = config.score.payload == "hidden"
 
     @abstractmethod
     def generate_and_score(

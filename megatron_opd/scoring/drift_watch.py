@@ -35,13 +35,14 @@ class DriftWatch:
         clock: Clock,
         unstopped: set[int],
         slots: int | None = None,
+        sends_hidden: bool = False,
     ) -> None:
         """`responses`: their indices are below it. `slots`: most that a replica of the teacher holds at once (None:
         its share of all)."""
         self.signal, self.clock, self.unstopped = signal, clock, unstopped
         self.reads_on = prune.after_drift == "attenuate"
         slots = slots or -(-responses // teacher.layout.replicas)
-        self.scorer = SegmentScorer(teacher, signal, tokens_per_microbatch, slots)
+        self.scorer = SegmentScorer(teacher, signal, tokens_per_microbatch, slots, sends_hidden)
         self.state = ReliabilityState(responses, prune.threshold, prune.w_drop, prune.w_base)
         self.views: dict[int, list[Fields]] = {}  # of each response's segments, in order
 

@@ -18,7 +18,16 @@ class InFlightScoring(Scoring):
         config, prune = self.config, self.config.prune
         unstopped = generated_past_drift(requests, config)
         tokens = config.train.tokens_per_microbatch
-        watch = DriftWatch(self.teacher, self.signal, prune, tokens, len(requests), clock, unstopped)
+        watch = DriftWatch(
+            self.teacher,
+            self.signal,
+            prune,
+            tokens,
+            len(requests),
+            clock,
+            unstopped,
+            sends_hidden=self.sends_hidden,
+        )
         with clock.phase("rollout"), self.teacher.resident():
             rollouts = self._generate(requests, sampling, watch)
         rollouts = [watch.cut(r) for r in rollouts]

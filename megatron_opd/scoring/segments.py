@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import torch
 
 from megatron_opd.models.cached import CachedForward
+from megatron_opd.models.headless import HeadInput
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import Fields, share_fields
 from megatron_opd.prune.signals import DriftSignal
 from megatron_opd.rollout.base import Segment
-from megatron_opd.scoring.teacher_view import Candidates, teacher_view
+from megatron_opd.scoring.teacher_view import HIDDEN, Candidates, teacher_view
 
 
 class SegmentScorer:
@@ -19,10 +22,13 @@ class SegmentScorer:
     `slots` of them in its cache at once.
     """
 
-    def __init__(self, teacher: Model, signal: DriftSignal, tokens_per_microbatch: int, slots: int) -> None:
+    def __init__(
+        self, teacher: Model, signal: DriftSignal, tokens_per_microbatch: int, slots: int, sends_hidden: bool = False
+    ) -> None:
         self.teacher, self.signal = teacher, signal
         self.tokens, self.slots = tokens_per_microbatch, slots
         self.forward = CachedForward(teacher, slots)
+        self.head_input = HeadInput(teacher) if sends_hidden else None
         self._free: list[list[int]] = [list(range(slots))[::-1] for _ in range(teacher.layout.replicas)]
         # Of each running response, by its index:
         self._replica: dict[int, int] = {}  # of the teacher
@@ -37,7 +43,7 @@ class SegmentScorer:
             self._admit(s)
         mine = [s for s in segments if self._replica[s.request.index] == layout.replica]
         owned: list[tuple[int, Fields]] = []
-        with self.forward.session():
+        with self.forward.session(), self.head_input.recorded() if self.head_input else nullcontext():
             for batch in self._batches(mine):
                 owned += self._run(batch)
         for s in segments:
@@ -102,5 +108,7 @@ class SegmentScorer:
         if logits is None:
             return []
         view = teacher_view(logits, Candidates.of(segments, device), self.signal, self.teacher)
+        if self.head_input is not None:
+            view[HIDDEN] = self.head_input.take()
         split = {name: column.split([len(s.tokens) for s in segments]) for name, column in view.items()}
         return [(s.request.index, {n: p[i].cpu() for n, p in split.items()}) for i, s in enumerate(segments)]

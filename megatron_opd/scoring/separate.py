@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
 
 from megatron_opd.compat.gpt_model import run_chunk
 from megatron_opd.losses.topk import vocab_parallel_topk
+from megatron_opd.models.headless import HeadInput
 from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.context import padded_length
@@ -18,7 +20,7 @@ from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.prune.signals import DriftSignal
 from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.scoring.base import Clock, Scoring
-from megatron_opd.scoring.teacher_view import Candidates, teacher_view, to_scores
+from megatron_opd.scoring.teacher_view import HIDDEN, Candidates, teacher_view, to_scores
 from megatron_opd.types import Rollout, TeacherScores
 
 # From logits [R, vocab / tp] of R response positions, on the last stage, to fields of R values each.
@@ -35,18 +37,22 @@ class SeparateScoring(Scoring):
             rollouts = self._generate(requests, sampling)
         with clock.phase("score"), self.teacher.resident():
             tokens = self.config.train.tokens_per_microbatch
-            return rollouts, score_rollouts(self.teacher, rollouts, self.signal, tokens)
+            return rollouts, score_rollouts(self.teacher, rollouts, self.signal, tokens, self.sends_hidden)
 
 
 def score_rollouts(
-    teacher: Model, rollouts: list[Rollout], signal: DriftSignal, tokens_per_microbatch: int
+    teacher: Model,
+    rollouts: list[Rollout],
+    signal: DriftSignal,
+    tokens_per_microbatch: int,
+    sends_hidden: bool = False,
 ) -> list[TeacherScores]:
     """Scores every response; collective over all ranks, the same result on each."""
 
     def view(logits: Tensor, asked: Candidates) -> Fields:
         return teacher_view(logits, asked, signal, teacher)
 
-    read = read_rollouts(teacher, rollouts, view, tokens_per_microbatch)
+    read = read_rollouts(teacher, rollouts, view, tokens_per_microbatch, sends_hidden)
     return [to_scores(fields, rollout) for fields, rollout in zip(read, rollouts)]
 
 
@@ -59,10 +65,13 @@ def top_candidates(model: Model, rollouts: list[Rollout], k: int, tokens_per_mic
     return [fields["ids"] for fields in read_rollouts(model, rollouts, view, tokens_per_microbatch)]
 
 
-def read_rollouts(model: Model, rollouts: list[Rollout], view: View, tokens_per_microbatch: int) -> list[Fields]:
+def read_rollouts(
+    model: Model, rollouts: list[Rollout], view: View, tokens_per_microbatch: int, hidden: bool = False
+) -> list[Fields]:
     """What `view` takes from the logits that predict each response; collective, the same result on every rank.
 
-    The last token of a response is scored but never fed: nothing follows it.
+    With `hidden` also what the output layer has read there, [T, hidden size], as the field HIDDEN. The last token of a
+    response is scored but never fed: nothing follows it.
     """
     layout = model.layout
     lengths = [len(r.prompt.tokens) + len(r) - 1 for r in rollouts]
@@ -86,11 +95,17 @@ def read_rollouts(model: Model, rollouts: list[Rollout], view: View, tokens_per_
             packed, tokens = planned[number]
             fed = packed.take(_inputs(members, packed, tokens)).to(model.device)
             logits = run_chunk(chunk, fed, packed)
-            return logits, lambda output, non_loss_data: _view_of_responses(output[0], members, packed, view)
+
+            def collected_of(output: Tensor, non_loss_data: bool) -> list[Fields]:
+                states = head_input.take() if hidden else None
+                return _view_of_responses(output[0], members, packed, view, states)
+
+            return logits, collected_of
 
         for chunk in model.chunks:
             chunk.eval()
-        with torch.no_grad():
+        head_input = HeadInput(model)
+        with torch.no_grad(), head_input.recorded() if hidden else nullcontext():
             collected = run_schedule(
                 forward_step,
                 model.chunks,
@@ -117,8 +132,11 @@ def _inputs(rollouts: list[Rollout], packed: PackedRow, tokens: int) -> Tensor:
     return fed
 
 
-def _view_of_responses(logits: Tensor, rollouts: list[Rollout], packed: PackedRow, view: View) -> list[Fields]:
-    """The view of each response (of this rank's part of it), from logits [T / cp, vocab / tp] of a row."""
+def _view_of_responses(
+    logits: Tensor, rollouts: list[Rollout], packed: PackedRow, view: View, hidden: Tensor | None
+) -> list[Fields]:
+    """The view of each response (of this rank's part of it), from logits [T / cp, vocab / tp] of a row, and from the
+    states [T / cp, hidden size] behind them."""
     if not rollouts:
         return []
     asked = Candidates.of(rollouts, logits.device)
@@ -132,6 +150,8 @@ def _view_of_responses(logits: Tensor, rollouts: list[Rollout], packed: PackedRo
     tokens = (predicted >= 0).nonzero()[:, 0]
     predicted = predicted[tokens]
     fields = _view_in_pieces(logits, tokens.to(logits.device), asked[predicted.to(logits.device)], view)
+    if hidden is not None:
+        fields[HIDDEN] = hidden[tokens.to(hidden.device)]
     ends = torch.tensor([len(r) for r in rollouts]).cumsum(0)
     held = torch.bucketize(predicted, ends, right=True).bincount(minlength=len(rollouts)).tolist()
     split = {name: column.split(held) for name, column in fields.items()}

@@ -15,6 +15,7 @@ from megatron_opd.prune.signals import DriftSignal, TeacherReading
 from megatron_opd.rollout.base import Segment
 from megatron_opd.types import Rollout, TeacherScores
 
+HIDDEN = "hidden"  # name of the states among the fields of a view, with score.payload: hidden
 _SIGNAL = "signal."  # before the names of the signal's own columns, among the other fields of a view
 
 
@@ -83,4 +84,7 @@ def to_scores(fields: Fields, rollout: Rollout) -> TeacherScores:
     if measured < len(rollout):
         logprobs = torch.cat([logprobs, rollout.topk_logprobs[measured:]])
         sampled = torch.cat([sampled, rollout.logprobs[measured:]])
-    return TeacherScores(logprobs, sampled, own_columns(fields), measured)
+    hidden = fields.get(HIDDEN)
+    if hidden is not None and measured < len(rollout):
+        hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(rollout) - measured))
+    return TeacherScores(logprobs, sampled, own_columns(fields), measured, hidden)

@@ -25,7 +25,8 @@ class UntilSpentScoring(Scoring):
             rollouts = self._generate(requests, sampling)
         with clock.phase("score"), self.teacher.resident():
             prune, tokens = self.config.prune, self.config.train.tokens_per_microbatch
-            return rollouts, score_until_spent(self.teacher, rollouts, self.signal, prune, tokens, clock)
+            scores = score_until_spent(self.teacher, rollouts, self.signal, prune, tokens, clock, self.sends_hidden)
+            return rollouts, scores
 
 
 def score_until_spent(
@@ -35,6 +36,7 @@ def score_until_spent(
     prune: PruneConfig,
     tokens_per_microbatch: int,
     clock: Clock,
+    sends_hidden: bool = False,
 ) -> list[TeacherScores]:
     """Scores whole responses in pieces and stops each where its reliability is spent.
 
@@ -45,7 +47,7 @@ def score_until_spent(
     longest = max(len(r.prompt.tokens) + len(r) for r in rollouts)
     replicas = teacher.layout.replicas
     slots = min(-(-len(rollouts) // replicas), max(1, _CACHED_MICROBATCHES * tokens_per_microbatch // longest))
-    watch = DriftWatch(teacher, signal, prune, tokens_per_microbatch, len(rollouts), clock, set(), slots)
+    watch = DriftWatch(teacher, signal, prune, tokens_per_microbatch, len(rollouts), clock, set(), slots, sends_hidden)
     limit = math.ceil((1 - 1e-8) / prune.w_drop)  # events that spend a response
     by_index = {r.index: r for r in rollouts}
     waiting = sorted(by_index, key=lambda i: len(by_index[i]))  # the longest first: popped from the end

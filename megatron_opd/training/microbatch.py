@@ -67,6 +67,8 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
     teacher = torch.zeros(total, width)
     teacher_sampled, weight, logprobs = torch.zeros(total), torch.zeros(total), torch.zeros(total)
     predicts = torch.zeros(total, dtype=torch.bool)
+    states = batch.scores[0].hidden if batch.scores else None
+    hidden = None if states is None else states.new_zeros(total, states.shape[1])
     advantage = torch.zeros(total)
     spans: dict[int, slice] = {}
     at = 0
@@ -83,6 +85,9 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
             teacher[where] = batch.scores[i].logprobs[:kept]
             teacher_sampled[where] = batch.scores[i].sampled_logprobs[:kept]
             weight[where] = batch.prune_weight[i][:kept]
+            own_states = batch.scores[i].hidden
+            if hidden is not None and own_states is not None:
+                hidden[where] = own_states[:kept]
         logprobs[where] = rollout.logprobs[:kept]
         predicts[where] = True
         if batch.advantage is not None:
@@ -98,6 +103,7 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
         teacher_logprobs=held(teacher),
         sampled_ids=sampled,
         teacher_sampled_logprobs=held(teacher_sampled),
+        teacher_hidden=None if hidden is None else held(hidden),
     )
     return MicroBatch(
         held(tokens),

@@ -23,6 +23,7 @@ from megatron_opd.losses import (
     VocabShard,
     get_loss,
     head_loss,
+    rebuilt_loss,
     student_logprobs,
     vocab_parallel_logprobs,
 )
@@ -70,9 +71,17 @@ def over_ranks(parts: list[Sums[Tensor]], device: torch.device) -> Sums[float]:
 class Objective:
     """The loss of a micro-batch from the student's logits, or from its hidden states where the head is fused."""
 
-    def __init__(self, loss: Loss, config: Config, shard: VocabShard, response_tokens: int) -> None:
-        """response_tokens: of the global batch; pruned ones count too, since the method does not renormalise."""
-        self.loss, self.shard, self.response_tokens = loss, shard, response_tokens
+    def __init__(
+        self,
+        loss: Loss,
+        config: Config,
+        shard: VocabShard,
+        response_tokens: int,
+        teacher_head: Tensor | None = None,
+    ) -> None:
+        """response_tokens: of the global batch; pruned ones count too, since the method does not renormalise.
+        teacher_head [vocab / tp, its hidden size]: with score.payload: hidden, what its logits are rebuilt with."""
+        self.loss, self.shard, self.response_tokens, self.teacher_head = loss, shard, response_tokens, teacher_head
         self.chunk_tokens, self.k = config.loss.chunk_tokens, config.loss_k
         self.importance_clip, self.gap_threshold = config.rollout.importance_clip, config.rollout.gap_threshold
         self.measures_gap = measures_gap(config)
@@ -85,7 +94,11 @@ class Objective:
             if self.importance_clip is not None:
                 weight = weight * self._importance(own, micro, slice(None))
         options = LossOptions(self.chunk_tokens, inplace_backward=micro.advantage is None)
-        total = self.loss(logits, micro.targets.first(self.k), weight, self.shard, options)
+        targets = micro.targets.first(self.k)
+        if self.teacher_head is None:
+            total = self.loss(logits, targets, weight, self.shard, options)
+        else:
+            total = rebuilt_loss(self.loss, logits, targets, weight, self.shard, self.teacher_head, options)
         if micro.advantage is not None:
             trained = student_logprobs(logits, sampled, self.shard, self.chunk_tokens)
             total = total - (micro.advantage * trained[:, 0]).sum()

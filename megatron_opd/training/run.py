@@ -77,6 +77,7 @@ class Run:
         build_loss(config)  # a name or an option that is wrong ends the run before models are loaded; the signal's, too
         make_signal(config.prune)
         check_engine(config)
+        self.token_weighting = make_token_weighting(config.prune.token_weighting, config.prune.token_weighting_options)
         self.tokenizer, notes = load_tokenizers(config)
         prompts = load_prompts(config.data, self.tokenizer)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)
@@ -89,7 +90,6 @@ class Run:
         self.rewards = PastDriftRewards(config, self.tokenizer) if config.prune.after_drift == "grpo" else None
         self.training_step = TrainingStep(self.trainer, config)
         self.budget = make_budget(config)
-        self.token_weighting = make_token_weighting(config.prune.token_weighting, config.prune.token_weighting_options)
         self.totals = Totals()
         self.step = 0
         self.unreported: dict[str, Any] | None = None  # the last step's metrics while its evaluation is not done

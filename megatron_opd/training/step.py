@@ -19,6 +19,7 @@ from torch import Tensor
 
 from megatron_opd.compat.gpt_model import run_chunk
 from megatron_opd.config import Config
+from megatron_opd.models.head_shard import head_shard
 from megatron_opd.models.headless import head_parameter, without_head
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.schedule import run_schedule
@@ -61,6 +62,8 @@ class TrainingStep:
         self.loss = build_loss(config)
         fused = config.score.mode == "fused"
         self.fused = FusedTeacher(trainer.student, trainer.teacher, config.prune, config.candidates) if fused else None
+        rebuilds = config.score.payload == "hidden"
+        self.teacher_head = head_shard(trainer.teacher, trainer.student) if rebuilds else None
         self.norms: list[float] = []
 
     def __call__(self, batch: ScoredBatch) -> StepResult:
@@ -95,7 +98,7 @@ class TrainingStep:
         multiple = fused.row_multiple if fused else 1
         plan = plan_training(student, batch, settings.train.tokens_per_microbatch)
         micros = [build_microbatch(student, batch, members, multiple) for members in plan]
-        objective = Objective(self.loss, settings, student.vocab_shard, batch.response_tokens)
+        objective = Objective(self.loss, settings, student.vocab_shard, batch.response_tokens, self.teacher_head)
         resident = self.trainer.teacher.resident() if fused else nullcontext()
         with resident, without_head(student) if settings.loss.fused_head else nullcontext():
             parts = run_schedule(

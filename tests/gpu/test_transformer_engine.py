@@ -203,7 +203,7 @@ def batch() -> ScoredBatch:
         tokens = torch.randint(VOCAB, (n,), generator=source)
         rollouts.append(Rollout(prompt, i, tokens, own[:, 0], ids, own, "length", 0))
         theirs = torch.randn(n, 4, generator=source).log_softmax(-1)
-        scores.append(TeacherScores(theirs, theirs[:, 0], torch.ones(n), torch.ones(n, dtype=torch.bool)))
+        scores.append(TeacherScores(theirs, theirs[:, 0], {"overlap": torch.ones(n)}, n))
     lengths = [len(r) for r in rollouts]
     weights = [torch.ones(n) for n in lengths]
     return ScoredBatch(rollouts, scores, weights, lengths, lengths, [0] * 4, sum(lengths))
