@@ -123,7 +123,8 @@ def _need_tokenizer(doctor: Doctor) -> Tokenizer:
 
 def _prompts(doctor: Doctor) -> str:
     tokenizer = _need_tokenizer(doctor)
-    prompts = load_prompts(doctor.config.data, tokenizer)
+    data, rewarded = doctor.config.data, doctor.config.prune.after_drift == "grpo"
+    prompts = load_prompts(data, tokenizer, rewarded, data.verifier)
     needed = doctor.config.train.prompts_per_step
     if len(prompts) < needed:
         raise Problem(
@@ -136,18 +137,25 @@ def _answers(doctor: Doctor) -> str:
     """Each reference answer, put into a box, must satisfy its own verifier."""
     tokenizer, config = _need_tokenizer(doctor), doctor.config
     parts = []
-    for settings in config.eval.sets:
-        prompts = load_eval_prompts(settings, config.data, tokenizer).prompts[:20]
+    checked = [
+        (s.name, s.verifier, load_eval_prompts(s, config.data, tokenizer).prompts[:20]) for s in config.eval.sets
+    ]
+    if config.prune.after_drift == "grpo":
+        data = config.data
+        checked.append(
+            ("data.verifier", data.verifier, load_prompts(data, tokenizer, True, data.verifier).prompts[:20])
+        )
+    for name, verifier, prompts in checked:
         if dist.is_initialized() and dist.get_rank() != 0:
             continue
-        pool = VerifierPool(settings.verifier, config.eval.verifier_timeout_s, 1)
+        pool = VerifierPool(verifier, config.eval.verifier_timeout_s, 1)
         try:
             findings = reference_problems(prompts, pool)
         finally:
             pool.close()
         if findings:
-            raise Problem(f"{settings.name}: {len(findings)} of {len(prompts)} references: {findings[0]}")
-        parts.append(f"{settings.name}: {len(prompts)} reference answers satisfy {settings.verifier}")
+            raise Problem(f"{name}: {len(findings)} of {len(prompts)} references: {findings[0]}")
+        parts.append(f"{name}: {len(prompts)} reference answers satisfy {verifier}")
     return "; ".join(parts) or "no eval.sets"
 
 

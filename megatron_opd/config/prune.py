@@ -130,6 +130,10 @@ class PruneConfig(Section):
         """Whether the budget changes from step to step."""
         return self.budget.rule == "staircase" or (self.budget.rule == "adaptive" and self.watches_drift)
 
+    def reward_prompts(self, prompts: int) -> int:
+        """Of so many prompts, those whose responses are generated past their drift point for the verifier's reward."""
+        return round(self.grpo_share * prompts)
+
     @model_validator(mode="after")
     def _check(self) -> PruneConfig:
         if not self.watches_drift and self.in_flight:

@@ -77,9 +77,39 @@ class Config(Section):
             )
         return problems
 
+    def reward_problems(self) -> list[str]:
+        """Why no reward past the drift point could ever teach anything: what makes all advantages 0."""
+        prune, train = self.prune, self.train
+        if prune.after_drift != "grpo":
+            return []
+        problems = []
+        if train.responses_per_prompt == 1:
+            problems.append(
+                "train.responses_per_prompt: 1 leaves prune.after_drift: grpo no reward, which is normalised over a "
+                "prompt's responses; raise it or set after_drift: drop"
+            )
+        if prune.reward_prompts(train.prompts_per_step) == 0:
+            problems.append(
+                f"prune.grpo_share: {prune.grpo_share} of train.prompts_per_step: {train.prompts_per_step} rounds to "
+                "no prompt, so that none has a reward; raise either or set prune.after_drift: drop"
+            )
+        if prune.grpo_coefficient == 0:
+            problems.append("prune.grpo_coefficient: 0 weighs every reward with 0; raise it or set after_drift: drop")
+        if prune.w_drop == 0 or (prune.signal == "overlap" and prune.threshold == 0):
+            problems.append(
+                f"prune.w_drop: {prune.w_drop} with threshold: {prune.threshold} never comes to a drift point, past "
+                "which after_drift: grpo gives rewards; raise them or set after_drift: drop"
+            )
+        if self.rollout.temperature == 0 or self.rollout.top_k == 1:
+            problems.append(
+                f"rollout.temperature: {self.rollout.temperature} with top_k: {self.rollout.top_k} makes a prompt's "
+                "responses equal, and so their rewards: after_drift: grpo needs sampling"
+            )
+        return problems
+
     @model_validator(mode="after")
     def _check(self) -> Config:
-        problems = []
+        problems = self.reward_problems()
         if self.student.fp8_params and not self.train.distributed_optimizer:
             problems.append("student.fp8_params: true needs train.distributed_optimizer: true, which gathers them")
         if self.student.fp8_params and self.student.fp8_recipe == "mxfp8":

@@ -15,11 +15,12 @@ import torch.distributed as dist
 from megatron_opd.config import DataConfig, EvalConfig, EvalSetConfig
 from megatron_opd.data.prompts import PromptSet, load_eval_prompts
 from megatron_opd.data.tokenizer import Tokenizer
-from megatron_opd.errors import RunError
+from megatron_opd.errors import ConfigError, RunError
 from megatron_opd.evaluation.metrics import Answer, summarize
 from megatron_opd.evaluation.responses import ResponseFile, answer_of, request_key
-from megatron_opd.evaluation.verifiers import Case, VerifierPool, response_text
+from megatron_opd.evaluation.verifiers import Case, VerifierError, VerifierPool, response_text
 from megatron_opd.parallel.collective import on_rank_0
+from megatron_opd.plugins import is_own
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.types import END_LENGTH, Rollout
 
@@ -39,8 +40,21 @@ class EvalSet:
 
 
 def load_eval_sets(settings: EvalConfig, data: DataConfig, tokenizer: Tokenizer) -> list[EvalSet]:
-    """Reads the prompts of every configured set. Raises DataError naming the set."""
-    return [EvalSet(s, load_eval_prompts(s, data, tokenizer)) for s in settings.sets]
+    """Reads the prompts of every configured set, and starts each verifier of the user's own once, so that one that is
+    not there ends the run before it has begun. Collective. Raises DataError naming the set, ConfigError."""
+    sets = [EvalSet(s, load_eval_prompts(s, data, tokenizer)) for s in settings.sets]
+    for name in dict.fromkeys(s.verifier for s in settings.sets if is_own(s.verifier)):
+        on_rank_0(partial(try_verifier, "eval.sets", name))
+    return sets
+
+
+def try_verifier(key: str, name: str) -> None:
+    """Raises ConfigError naming the config's key where the verifier cannot be started."""
+    with VerifierPool(name, workers=1) as pool:
+        try:
+            pool.start()
+        except VerifierError as error:
+            raise ConfigError(f"{key}: {error}") from error
 
 
 def evaluate(

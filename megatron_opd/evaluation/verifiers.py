@@ -72,6 +72,10 @@ class VerifierPool:
         self.timeout_s = timeout_s
         self._workers = [_Worker(verifier) for _ in range(workers)]
 
+    def start(self) -> None:
+        """Starts one worker. Raises VerifierError where the verifier cannot be started."""
+        self._workers[0].start()
+
     def score(self, cases: Sequence[Case]) -> list[Verdict]:
         """One verdict per case, in order. Raises VerifierError where the verifier cannot be started."""
         verdicts: list[Verdict | None] = [None] * len(cases)
@@ -121,6 +125,12 @@ def response_text(rollout: Rollout, tokenizer: Tokenizer) -> str:
     return tokenizer.decode(rollout.tokens.tolist(), keep="".join(begin + end for begin, end in THINKING))
 
 
+def reference_verdicts(prompts: Sequence[Prompt], pool: VerifierPool) -> list[Verdict]:
+    """What the verifier says of each prompt's own reference answer."""
+    form = "<answer>{}</answer>" if pool.verifier != "math" else "\\boxed{{{}}}"
+    return pool.score([Case(form.format(p.answer), p.answer or "", p.metadata, p.source) for p in prompts])
+
+
 def reference_problems(prompts: Sequence[Prompt], pool: VerifierPool) -> list[str]:
     """Checks that the reference answers can be verified: each must count as right when it is given as the answer, and
     math-verify must be able to read it, or answers that are written differently would all be wrong.
@@ -128,10 +138,8 @@ def reference_problems(prompts: Sequence[Prompt], pool: VerifierPool) -> list[st
     Prompts without a reference answer (some of reasoning-gym's) are passed over. Returns one line per finding.
     """
     asked = [p for p in prompts if p.answer is not None]
-    form = "<answer>{}</answer>" if pool.verifier != "math" else "\\boxed{{{}}}"
-    cases = [Case(form.format(p.answer), p.answer or "", p.metadata, p.source) for p in asked]
     findings = {}
-    for prompt, verdict in zip(asked, pool.score(cases)):
+    for prompt, verdict in zip(asked, reference_verdicts(asked, pool)):
         if not verdict.correct:
             reason = verdict.problem or f"it does not count as right itself (score {verdict.score:g})"
             findings[prompt.uid] = f"prompt {prompt.uid}, reference answer {prompt.answer!r}: {reason}"
@@ -168,13 +176,13 @@ class _Worker:
         self._mark = uuid.uuid4().hex  # in the environment of the worker and of whatever it starts
 
     def score(self, case: Case, timeout_s: float) -> Verdict:
-        connection = self._connection or self._start()
+        connection = self.start()
         message = ("score", timeout_s, case.response, case.answer, case.metadata, case.source, case.opened)
         try:
             connection.send(message)
         except OSError:  # it died after its last answer: not this case's fault
             self.stop()
-            connection = self._start()
+            connection = self.start()
             connection.send(message)
         except Exception as error:  # pickle raises several types
             return Verdict(0.0, problem=f"the prompt's metadata cannot be sent to the verifier: {error}")
@@ -187,7 +195,10 @@ class _Worker:
             return Verdict(0.0, problem=f"the verifier's process died ({self.stop()})")
         return Verdict(*content) if kind == "scored" else Verdict(0.0, problem=f"the verifier failed: {content}")
 
-    def _start(self) -> Connection:
+    def start(self) -> Connection:
+        """The connection to the running process, which is started where there is none."""
+        if self._connection is not None:
+            return self._connection
         ours, theirs = Pipe()
         # A process of its own: multiprocessing's spawn would import the training script again. -P: the worker's folder
         # holds modules with common names that must not shadow others.

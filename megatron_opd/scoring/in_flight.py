@@ -41,5 +41,5 @@ def generated_past_drift(requests: list[Request], config: Config) -> set[int]:
         return set()
     if prune.after_drift == "attenuate":
         return {r.index for r in requests}
-    prompts = round(prune.grpo_share * config.train.prompts_per_step)  # the loader has shuffled them
+    prompts = prune.reward_prompts(config.train.prompts_per_step)  # the loader has shuffled them
     return {r.index for r in requests if r.index // config.train.responses_per_prompt < prompts}

@@ -70,7 +70,7 @@ def evaluate_and_report(run: Run, metrics: dict[str, Any]) -> None:
 
 def step(run: Run) -> dict[str, Any]:
     """One optimizer step, from prompts to parameters that the engine has; returns its metrics."""
-    clock = PhaseClock()
+    clock, rewards = PhaseClock(), {}
     requests = run.draw_requests()
     rollouts, scores = run.scoring.generate_and_score(requests, run.sampling(), clock)
     with clock.phase("cut"):
@@ -78,7 +78,7 @@ def step(run: Run) -> dict[str, Any]:
         if run.token_weighting is not None:
             run.token_weighting.apply_to(batch)
         if run.rewards is not None:
-            run.rewards.add_to(batch, requests)
+            rewards = run.rewards.add_to(batch, requests)
     with clock.phase("train"):
         result = run.training_step(batch)
     budget = run.move_budget(batch.effective_length)
@@ -86,7 +86,7 @@ def step(run: Run) -> dict[str, Any]:
     with clock.phase("sync"):
         gaps = run.hand_over()
     metrics = {"step": run.step} | clock.metrics() | batch_metrics(batch) | budget | gaps
-    metrics |= result.metrics() | {"lr": run.trainer.learning_rate}
+    metrics |= rewards | result.metrics() | {"lr": run.trainer.learning_rate}
     if not result.applied:
         run.keep_bad_step(result.reason, batch)
     return metrics | run.totals.add(metrics, result.applied)

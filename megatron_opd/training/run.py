@@ -79,15 +79,19 @@ class Run:
         check_engine(config)
         self.token_weighting = make_token_weighting(config.prune.token_weighting, config.prune.token_weighting_options)
         self.tokenizer, notes = load_tokenizers(config)
-        prompts = load_prompts(config.data, self.tokenizer)
+        self.rewards: PastDriftRewards | None = None
+        rewarded = config.prune.after_drift == "grpo"
+        prompts = load_prompts(config.data, self.tokenizer, rewarded, config.data.verifier)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)
+        if rewarded:
+            self.rewards = PastDriftRewards(config, self.tokenizer, self.say)
+            self.rewards.check(prompts.prompts)
         self.loader = PromptLoader(prompts, config.train.seed, config.data.shuffle)
         self.trainer: Trainer = build_trainer(config, self.device)
         student = self.trainer.student
         notes += check_vocabularies(self.trainer, self.tokenizer, config)
         self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
         self.scoring = make_scoring(config, self.engine, self.trainer.teacher)
-        self.rewards = PastDriftRewards(config, self.tokenizer) if config.prune.after_drift == "grpo" else None
         self.training_step = TrainingStep(self.trainer, config)
         self.budget = make_budget(config)
         self.totals = Totals()

@@ -27,3 +27,12 @@ def misbehave(response: str, answer: str, metadata: dict) -> float:
     if response == "two":
         return 2.0
     return float(response == answer)
+
+
+def of_verl(response, answer, metadata):
+    """Another framework's form of a score."""
+    return {"score": 1.0}
+
+
+def never(response, answer, metadata):
+    return 0.0

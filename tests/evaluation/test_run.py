@@ -13,8 +13,8 @@ import torch.distributed as dist
 from megatron_opd.config import DataConfig, EvalConfig
 from megatron_opd.data.sources import DataError
 from megatron_opd.data.tokenizer import load_tokenizer
+from megatron_opd.errors import ConfigError
 from megatron_opd.evaluation.run import EvaluationError, evaluate, load_eval_sets
-from megatron_opd.evaluation.verifiers import VerifierError
 from megatron_opd.rollout.base import RolloutEngine
 from megatron_opd.types import END_EOS, END_LENGTH, Rollout
 from tests.data.make_tokenizers import make_hugging_face, make_sentencepiece
@@ -215,9 +215,8 @@ def test_errors_say_what_is_wrong(tokenizer, tmp_path):
     blocked.touch()
     with pytest.raises(EvaluationError, match="file"):
         evaluate(Scripted(tokenizer), sets, tokenizer, settings, blocked, 1, True)
-    bad_settings, bad_sets = setup(tokenizer, prompts_file(tmp_path), verifier="no.such:f")
-    with pytest.raises(VerifierError, match="verifier no.such:f cannot start: ModuleNotFoundError"):
-        evaluate(Scripted(tokenizer), bad_sets, tokenizer, bad_settings, tmp_path, 1, True)
+    with pytest.raises(ConfigError, match="eval.sets: verifier no.such:f cannot start: ModuleNotFoundError"):
+        setup(tokenizer, prompts_file(tmp_path), verifier="no.such:f")
     with pytest.raises(ValueError, match="is_writer must be true on rank 0"):
         evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 1, False)
 
