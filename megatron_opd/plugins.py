@@ -155,6 +155,8 @@ def bind_part(
     Nothing is called: this checks a config before the arguments exist. See `build_part` for the rest.
     """
     maker = load_part(key, name, table)
+    if not callable(maker):
+        raise ConfigError(f"{key}: {name} is a {type(maker).__name__}, not a class")
     if inspect.isabstract(maker):
         raise ConfigError(f"{key}: {name} lacks {', '.join(sorted(maker.__abstractmethods__))}, which it must define")
     signature = inspect.signature(maker)

@@ -39,6 +39,12 @@ class Prompt:
     answer: str | None = None
     source: str = ""
     metadata: dict[str, Any] = field(default_factory=dict)
+    own_teacher_tokens: list[int] | None = None  # what the teacher reads where that is another text
+
+    @property
+    def teacher_tokens(self) -> list[int]:
+        """What the teacher reads before a response: `tokens`, unless it has a context of its own."""
+        return self.tokens if self.own_teacher_tokens is None else self.own_teacher_tokens
 
 
 @dataclass

@@ -93,6 +93,25 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     offload: bool = False
     """Keep the teacher's parameters in host memory outside the scoring pass."""
+    system: str | None = None
+    """System message that the teacher reads, in place of data.system and of a system message in the prompt."""
+    context_key: str | None = None
+    """Column of a text that the teacher alone reads, the reference solution, say; dots reach into objects."""
+    context: str = "{context}\n\n{prompt}"
+    """How that text and the student's last message become the teacher's. The response follows the teacher's prompt as
+    it follows the student's, token for token."""
+
+    @property
+    def reads_another_prompt(self) -> bool:
+        """Whether the teacher's prompts differ from the student's."""
+        return self.system is not None or self.context_key is not None
+
+    @field_validator("context")
+    @classmethod
+    def _both_texts(cls, value: str) -> str:
+        if "{context}" not in value or "{prompt}" not in value:
+            raise ValueError("must hold both {context} and {prompt}")
+        return value
 
     @model_validator(mode="after")
     def _check_teacher(self) -> TeacherConfig:

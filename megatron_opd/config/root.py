@@ -117,7 +117,14 @@ class Config(Section):
                 "student.fp8_params: true is not supported with fp8_recipe: mxfp8; set fp8_params: false or another "
                 "recipe"
             )
+        if self.teacher.system is not None and self.data.template == "none":
+            problems.append("teacher.system: needs messages to stand before; set data.template: chat")
         if self.score.mode == "fused":
+            if self.teacher.reads_another_prompt:
+                problems.append(
+                    "score.mode: fused feeds both models one row; teacher.system and teacher.context_key give the "
+                    "teacher another prompt: set score.mode: separate"
+                )
             if self.score.payload != "topk":
                 problems.append("score.mode: fused has the teacher's logits and sends nothing; set score.payload: topk")
             if self.student.parallel != self.teacher.parallel:

@@ -5,16 +5,20 @@ from __future__ import annotations
 import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
 
-from megatron_opd.config import DataConfig, EvalSetConfig
+from megatron_opd.config import DataConfig, EvalSetConfig, TeacherConfig
 from megatron_opd.data.sources import (
     DataError,
     Row,
     RowReader,
     broken_character,
+    is_missing,
+    lookup,
     metadata_of,
     read_rows,
     rows_of_function,
@@ -50,6 +54,8 @@ class PromptSet:
         digest = hashlib.sha256()
         for p in self.prompts:
             digest.update(json.dumps([p.uid, p.tokens, p.answer]).encode())
+            if p.own_teacher_tokens is not None:
+                digest.update(json.dumps(p.own_teacher_tokens).encode())
         return digest.hexdigest()[:16]
 
     def summary(self) -> str:
@@ -59,10 +65,17 @@ class PromptSet:
         return "; ".join([f"{self.path}: {len(self)} of {self.total} prompts, {left_out}", *self.notes])
 
 
-def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = False, verifier: str = "") -> PromptSet:
+def load_prompts(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    need_answers: bool = False,
+    verifier: str = "",
+    teacher: TeacherConfig | None = None,
+) -> PromptSet:
     """Reads, templates and tokenizes the prompts that `data.prompts` names.
 
     Args:
+        teacher: has prompts of its own where `teacher.system` or `teacher.context_key` says so.
         need_answers: refuse a prompt without a reference answer; `verifier` is what needs it.
 
     Raises:
@@ -78,14 +91,18 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = Fa
         rows = read_rows(data.prompts)
     columns = GYM_COLUMNS if is_gym else (data.prompt_key, data.answer_key, data.source_key)
     reader = RowReader(*columns, need_answers, verifier)
-    for key, text in (("suffix", data.suffix), ("system", data.system or "")):
+    given = {"data.suffix": data.suffix, "data.system": data.system or ""}
+    if teacher is not None:
+        given |= {"teacher.system": teacher.system or "", "teacher.context": teacher.context}
+    for key, text in given.items():
         if half := broken_character(text):
-            raise DataError(f"data.{key}: holds {half}, half a character")
+            raise DataError(f"{key}: holds {half}, half a character")
     found = PromptSet(data.prompts, [], 0, 0, 0, data.duplicates == "drop")
     seen: dict[str, tuple[str, list[int]]] = {}  # prompt as in the file -> text, tokens
     for row in rows:
         found.total += 1
         prompt = reader.prompt(row)
+        teachers = _teacher_tokens(row, deepcopy(prompt), data, teacher, tokenizer) if teacher else None
         key = prompt if isinstance(prompt, str) else json.dumps(prompt)
         repeated = key in seen
         found.duplicates += repeated
@@ -99,7 +116,7 @@ def load_prompts(data: DataConfig, tokenizer: Tokenizer, need_answers: bool = Fa
         if len(tokens) > data.max_prompt_tokens:
             found.too_long += 1
             continue
-        found.prompts.append(Prompt(row.uid, text, tokens, answer, reader.source(row), metadata_of(row)))
+        found.prompts.append(Prompt(row.uid, text, tokens, answer, reader.source(row), metadata_of(row), teachers))
     if found.total == 0:
         raise DataError(f"{data.prompts}: the file is empty")
     if not found.prompts:
@@ -125,6 +142,35 @@ def load_eval_prompts(eval_set: EvalSetConfig, data: DataConfig, tokenizer: Toke
         raise DataError(f"eval set {eval_set.name}: {error}") from error
     found.prompts = found.prompts[: eval_set.limit]
     return found
+
+
+def _teacher_tokens(
+    row: Row, prompt: str | list[dict[str, str]], data: DataConfig, teacher: TeacherConfig, tokenizer: Tokenizer
+) -> list[int] | None:
+    """What the teacher reads in place of the student's prompt; None where it reads the same. Changes `prompt`."""
+    if not teacher.reads_another_prompt:
+        return None
+    if teacher.context_key is not None:
+        context = lookup(row.values, teacher.context_key)
+        if is_missing(context) or not isinstance(context, str | int | float):
+            raise DataError(
+                f"{row.place}: {teacher.context_key} (teacher.context_key) is missing, empty or no text; every prompt "
+                "needs what the teacher is to read"
+            )
+        if half := broken_character(str(context)):
+            raise DataError(f"{row.place}: {teacher.context_key} (teacher.context_key) holds {half}, half a character")
+        own = prompt if isinstance(prompt, str) else prompt[-1]["content"]
+        texts = {"{context}": str(context), "{prompt}": own}
+        joined = re.sub(r"\{context\}|\{prompt\}", lambda match: texts[match.group()], teacher.context)
+        if isinstance(prompt, str):
+            prompt = joined
+        else:
+            prompt[-1]["content"] = joined
+    if teacher.system is not None:
+        data = data.model_copy(update={"system": teacher.system})
+        if isinstance(prompt, list) and prompt[0]["role"] == "system":
+            del prompt[0]
+    return tokenizer.encode(_text(row, prompt, data, tokenizer), start=data.template == "none")
 
 
 def _text(row: Row, prompt: str | list[dict[str, str]], data: DataConfig, tokenizer: Tokenizer) -> str:

@@ -48,7 +48,7 @@ class SegmentScorer:
                 owned += self._run(batch)
         for s in segments:
             index = s.request.index
-            self._cached[index] += len(s.tokens) + (len(s.request.prompt.tokens) - 1 if s.start == 0 else 0)
+            self._cached[index] += len(s.tokens) + (len(s.request.prompt.teacher_tokens) - 1 if s.start == 0 else 0)
             self._last[index] = int(s.tokens[-1])
             if s.finished:
                 self.release(index)
@@ -78,7 +78,7 @@ class SegmentScorer:
         batches: list[list[Segment]] = []
         room = 0
         for s in segments:
-            tokens = len(s.tokens) + (len(s.request.prompt.tokens) if s.start == 0 else 0)
+            tokens = len(s.tokens) + (len(s.request.prompt.teacher_tokens) if s.start == 0 else 0)
             if not batches or tokens > room:
                 batches.append([])
                 room = self.tokens
@@ -92,7 +92,7 @@ class SegmentScorer:
         predicting: list[int] = []
         lengths = []
         for s in segments:
-            before = s.request.prompt.tokens if s.start == 0 else [self._last[s.request.index]]
+            before = s.request.prompt.teacher_tokens if s.start == 0 else [self._last[s.request.index]]
             tokens = [*before, *s.tokens[:-1].tolist()]
             predicting += range(len(fed) + len(before) - 1, len(fed) + len(tokens))
             fed += tokens

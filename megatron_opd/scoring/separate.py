@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -71,8 +72,10 @@ def read_rollouts(
     """What `view` takes from the logits that predict each response; collective, the same result on every rank.
 
     With `hidden` also what the output layer has read there, [T, hidden size], as the field HIDDEN. The last token of a
-    response is scored but never fed: nothing follows it.
+    response is scored but never fed: nothing follows it. The teacher reads its own prompts where it has any.
     """
+    if model.name == "teacher":
+        rollouts = [as_the_teacher_reads(r) for r in rollouts]
     layout = model.layout
     lengths = [len(r.prompt.tokens) + len(r) - 1 for r in rollouts]
     plan = plan_microbatches(
@@ -119,6 +122,14 @@ def read_rollouts(
         if layout.is_last_stage:
             owned = [(i, fields) for batch, part in zip(mine, collected) for i, fields in zip(batch, part)]
     return share_responses(owned, layout, model.device, [(len(r.prompt.tokens), len(r)) for r in rollouts])
+
+
+def as_the_teacher_reads(rollout: Rollout) -> Rollout:
+    """The same response behind the teacher's prompt."""
+    prompt = rollout.prompt
+    if prompt.own_teacher_tokens is None:
+        return rollout
+    return replace(rollout, prompt=replace(prompt, tokens=prompt.own_teacher_tokens, own_teacher_tokens=None))
 
 
 def _inputs(rollouts: list[Rollout], packed: PackedRow, tokens: int) -> Tensor:

@@ -44,7 +44,7 @@ def score_until_spent(
     the teacher reads of a response was not needed, and one that never drifts takes few of them. Collective, the same
     result on every rank.
     """
-    longest = max(len(r.prompt.tokens) + len(r) for r in rollouts)
+    longest = max(len(r.prompt.teacher_tokens) + len(r) for r in rollouts)
     replicas = teacher.layout.replicas
     slots = min(-(-len(rollouts) // replicas), max(1, _CACHED_MICROBATCHES * tokens_per_microbatch // longest))
     watch = DriftWatch(teacher, signal, prune, tokens_per_microbatch, len(rollouts), clock, set(), slots, sends_hidden)

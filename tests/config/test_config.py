@@ -129,3 +129,16 @@ def test_unreadable_files_say_so(tmp_path: Path) -> None:
     broken.write_text("student: {model: s\n")
     with pytest.raises(ConfigError, match="not valid YAML"):
         load_config(broken)
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"teacher": {"model": "/t", "context": "{prompt}"}}, "teacher.context"),
+        ({"teacher": {"model": "/t", "system": "x"}, "data": {"prompts": "/p", "template": "none"}}, "teacher.system"),
+        ({"teacher": {"model": "/t", "context_key": "x"}, "score": {"mode": "fused"}}, "set score.mode: separate"),
+    ],
+)
+def test_a_teachers_own_prompts_are_refused_where_they_cannot_be(values: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        read(**values)

@@ -12,7 +12,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
-from megatron_opd.config import DataConfig, EvalSetConfig
+from megatron_opd.config import DataConfig, EvalSetConfig, TeacherConfig
 from megatron_opd.data.prompts import load_eval_prompts, load_prompts
 from megatron_opd.data.sources import DataError
 from megatron_opd.data.tokenizer import TokenizerError, load_tokenizer
@@ -393,3 +393,41 @@ def test_a_template_that_refuses_one_way_of_thinking_has_a_switch(tmp_path, writ
     assert load_prompts(DataConfig(prompts=write(GOOD), thinking=True), tokenizer).prompts
     with pytest.raises(TokenizerError, match="always thinks"):
         load_prompts(DataConfig(prompts=write(GOOD), thinking=False), tokenizer)
+
+
+def test_the_teacher_alone_reads_the_context(write, hf):
+    path = write(
+        {"prompt": "1+2?", "answer": "3", "info": {"solution": "Add {prompt}: 3."}},
+        {
+            "prompt": [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "2+2?"}],
+            "answer": "4",
+            "info": {"solution": 4},
+        },
+    )
+    teacher = TeacherConfig(
+        model="t", system="You know the solution.", context_key="info.solution", context="Hint: {context}\n{prompt}"
+    )
+    plain_set = load_prompts(DataConfig(prompts=path, suffix=" Think."), hf)
+    found = load_prompts(DataConfig(prompts=path, suffix=" Think."), hf, teacher=teacher)
+    assert [p.tokens for p in found.prompts] == [p.tokens for p in plain_set.prompts]
+    expected = ["Hint: Add {prompt}: 3.\n1+2? Think.", "Hint: 4\n2+2? Think."]
+    for prompt, text in zip(found.prompts, expected):
+        messages = [{"role": "system", "content": "You know the solution."}, {"role": "user", "content": text}]
+        assert prompt.teacher_tokens == hf.encode(hf.chat(messages, None, DataConfig(prompts=path).date), start=False)
+    assert found.fingerprint != plain_set.fingerprint  # a resumed run must not change what the teacher reads
+    assert all(p.teacher_tokens == p.tokens for p in plain_set.prompts)
+
+
+def test_plain_text_takes_a_context_too(write, sp):
+    path = write({"prompt": "1+2=", "answer": "3", "hint": "three"})
+    found = load_prompts(
+        plain(path), sp, teacher=TeacherConfig(model="t", context_key="hint", context="{context};{prompt}")
+    )
+    assert found.prompts[0].teacher_tokens == sp.encode("three;1+2=", start=True)
+
+
+@pytest.mark.parametrize("value", [None, "", [], {"a": 1}])
+def test_a_context_that_is_missing_is_named(value, write, sp):
+    path = write({"prompt": "1+2=", "hint": "three"}, {"prompt": "2+2=", "hint": value})
+    with pytest.raises(DataError, match=r"line 2.*hint \(teacher.context_key\) is missing"):
+        load_prompts(plain(path), sp, teacher=TeacherConfig(model="t", context_key="hint"))

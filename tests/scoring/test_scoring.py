@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
@@ -65,6 +66,14 @@ def as_rollouts(known: reference_step.Result) -> list[Rollout]:
     ]
 
 
+def of_another_prompt(rollouts: list[Rollout]) -> list[Rollout]:
+    """The student's prompts are others, of other lengths; the teacher reads the known ones."""
+    return [
+        replace(r, prompt=Prompt(r.prompt.uid, "", [7] * (1 + 3 * i), own_teacher_tokens=r.prompt.tokens))
+        for i, r in enumerate(rollouts)
+    ]
+
+
 def in_segments(scorer: SegmentScorer, rollouts: list[Rollout], seed: int) -> list[TeacherScores]:
     """Feeds random pieces of random answers, one round after the other."""
     rng = random.Random(seed)
@@ -102,6 +111,10 @@ def teacher_passes(rank: int, directories: dict[str, str], known: reference_step
                 scorer = SegmentScorer(teacher, signal, 60, slots=len(rollouts))
                 found[layout, name, "segments"] = in_segments(scorer, rollouts, seed=4)
                 assert scorer._slot == scorer._cached == scorer._last == {}  # every response has left
+            signal = make_signal(PruneConfig(signal="overlap", k=K))
+            found[layout, "own prompts", "separate"] = score_rollouts(teacher, of_another_prompt(rollouts), signal, 60)
+            scorer = SegmentScorer(teacher, signal, 60, slots=len(rollouts))
+            found[layout, "own prompts", "segments"] = in_segments(scorer, of_another_prompt(rollouts), seed=5)
     return found
 
 
@@ -209,6 +222,15 @@ def results(directories, known):
 def test_scores_equal_transformers(layout, way, results, known):
     for passes, _ in results:
         for i, score_ in enumerate(passes[layout, "overlap", way]):
+            torch.testing.assert_close(score_.logprobs, known.teacher_logprobs[i], atol=1e-5, rtol=0)
+            assert torch.equal(score_.columns["overlap"], known.overlap[i].float())
+
+
+@pytest.mark.parametrize("way", ["separate", "segments"])
+@pytest.mark.parametrize("layout", TEACHERS)
+def test_a_teacher_with_prompts_of_its_own_reads_those(layout, way, results, known):
+    for passes, _ in results:
+        for i, score_ in enumerate(passes[layout, "own prompts", way]):
             torch.testing.assert_close(score_.logprobs, known.teacher_logprobs[i], atol=1e-5, rtol=0)
             assert torch.equal(score_.columns["overlap"], known.overlap[i].float())
 
