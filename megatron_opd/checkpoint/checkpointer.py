@@ -23,7 +23,7 @@ from megatron_opd.checkpoint.directory import Found
 from megatron_opd.checkpoint.rng import rng_state, set_rng_state
 from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, parameter_entries, set_adam_step
 from megatron_opd.checkpoint.writer import ShardWriter
-from megatron_opd.compat.dist_checkpointing import METADATA, WriteResult
+from megatron_opd.compat.dist_checkpointing import METADATA, CheckpointException, WriteResult
 from megatron_opd.compat.megatron import restart_scheduler
 from megatron_opd.config import Config
 from megatron_opd.errors import RepeatingError, describe
@@ -305,7 +305,7 @@ class Checkpointer:
             entries = optimizer_entries(student, optimizer, loading=True)
             try:
                 dist_checkpointing.load(entries, str(path / directory.OPTIMIZER), strict=StrictHandling.RAISE_ALL)
-            except Exception as error:  # many kinds, from Megatron-Core, torch and pickle
+            except (Exception, CheckpointException) as error:  # many kinds, from Megatron-Core, torch and pickle
                 raise CheckpointError(f"{directory.OPTIMIZER}/ cannot be loaded: {root_cause(error)}") from error
         set_adam_step(optimizer, state["adam_step"])
         restart_scheduler(self.trainer.scheduler, state["scheduler"])

@@ -21,16 +21,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
 from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
 
-from megatron_opd.compat.dist_checkpointing import CheckpointException, Entries, StreamingStrategy, first_failure
+from megatron_opd.compat.dist_checkpointing import (
+    CheckpointException,
+    Entries,
+    agree_on_plan,
+    file_name,
+    first_failure,
+    save_planner,
+    write_metadata,
+    write_shards,
+)
 from megatron_opd.compat.gpt_model import EMBEDDING
 from megatron_opd.errors import describe
 from megatron_opd.models.model import Model
-from megatron_opd.parallel.collective import is_rank_0, on_rank_0, together
+from megatron_opd.parallel.collective import all_gather, is_rank_0, on_rank_0, together
 from megatron_opd.weights.hf_files import ModelFileError, side_files
 from megatron_opd.weights.parameters import (
     COLUMNS,
@@ -94,10 +104,14 @@ def save_converted(model: Model, source: str | Path, out: str | Path, notes: dic
     with whole_directory(out) as folder:
         entries = sharded_entries(local_parameters(model), model, loading=False)
         on_rank_0((folder / CHECKPOINT).mkdir)  # nobody writes before the folder is there
-        try:
-            dist_checkpointing.save(entries, str(folder / CHECKPOINT), sharded_strategy=StreamingStrategy())
-        except CheckpointException as error:
-            raise ModelFileError(f"{out}: cannot be written: {root_cause(error)}") from error
+        planner = save_planner(entries, is_rank_0())
+        plan, metadata = agree_on_plan(planner)
+        items = ((item, planner.resolve_data(item)) for item in plan.items)
+        with together():
+            results = write_shards(folder / CHECKPOINT, file_name(dist.get_rank()), items) if plan.items else []
+        shards = all_gather(results)
+        if metadata is not None:  # on rank 0
+            write_metadata(folder / CHECKPOINT, metadata, shards)
         if is_rank_0():
             copy_side_files(source, folder, model.config.params_dtype)
             manifest = manifest_of(model) | (notes or {})
@@ -141,9 +155,9 @@ def load_converted(model: Model, directory: str | Path) -> None:
 
 
 def root_cause(error: BaseException) -> str:
-    """The first failure that torch's checkpoint code collected from the ranks, without its tracebacks."""
+    """The first failure that torch's checkpoint code collected from the ranks: one line, without its tracebacks."""
     error = first_failure(error)
-    return describe(error) if isinstance(error, OSError) else str(error) or repr(error)
+    return describe(error) if isinstance(error, OSError) else next(iter(str(error).splitlines()), repr(error))
 
 
 def sharded_entries(parameters: list[tuple[Parameter, Tensor]], model: Model, loading: bool) -> Entries:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,6 @@ from megatron_opd.compat.cpu_platform import apply_cpu_platform
 from megatron_opd.compat.dist_checkpointing import (
     METADATA,
     CheckpointException,
-    StreamingStrategy,
     agree_on_plan,
     file_name,
     first_failure,
@@ -59,40 +59,39 @@ def entries(rank: int, world_size: int, fill: bool):
 
 
 def written(rank: int, world_size: int, folder: str):
-    from pathlib import Path
-
     apply_cpu_platform()
-    results = []
-    for kind in ("acts", "strategy"):
-        path = Path(folder, kind)
-        if rank == 0:
-            path.mkdir()
-        dist.barrier()
-        full, *_ = entries(rank, world_size, fill=True)
-        if kind == "strategy":
-            dist_checkpointing.save(full, str(path), sharded_strategy=StreamingStrategy())
-        else:
-            planner = save_planner(full, is_coordinator=rank == 0)
-            plan, metadata = agree_on_plan(planner)
-            assert (metadata is None) == (rank != 0)
-            items = [(item, planner.resolve_data(item)) for item in plan.items]
-            results = all_gather(write_shards(path, file_name(rank), items) if items else [])
-            if rank == 0:
-                write_metadata(path, metadata, results)
-        dist.barrier()
-        empty, mine, same = entries(rank, world_size, fill=False)
+    path = Path(folder, "checkpoint")
+    if rank == 0:
+        path.mkdir()
+    dist.barrier()
+    full, *_ = entries(rank, world_size, fill=True)
+    planner = save_planner(full, is_coordinator=rank == 0)
+    plan, metadata = agree_on_plan(planner)
+    assert (metadata is None) == (rank != 0)
+    items = [(item, planner.resolve_data(item)) for item in plan.items]
+    results = all_gather(write_shards(path, file_name(rank), items) if items else [])
+    if rank == 0:
+        write_metadata(path, metadata, results)
+    dist.barrier()
+    empty, mine, same = entries(rank, world_size, fill=False)
+    dist_checkpointing.load(empty, str(path), strict=StrictHandling.RAISE_ALL)
+    _, expected, expected_same = entries(rank, world_size, fill=True)
+    assert torch.equal(mine, expected) and torch.equal(same, expected_same)
+    dist.barrier()
+    if rank == 0:
+        (path / file_name(1)).write_bytes(bytes((path / file_name(1)).stat().st_size))
+    dist.barrier()
+    try:
         dist_checkpointing.load(empty, str(path), strict=StrictHandling.RAISE_ALL)
-        _, expected, expected_same = entries(rank, world_size, fill=True)
-        assert torch.equal(mine, expected) and torch.equal(same, expected_same), kind
-        results.append(sorted(p.name for p in path.iterdir()))
-    return results[-2:]
+    except CheckpointException as error:  # no Exception: who reads must name it
+        return sorted(p.name for p in path.iterdir()), type(first_failure(error)).__name__
+    return None
 
 
-def test_megatron_core_reads_what_is_written(tmp_path):
-    for acts, strategy in run_distributed(2, written, str(tmp_path)):
-        assert METADATA in acts and file_name(0) in acts and file_name(1) in acts
-        # From 0.17 on Megatron-Core itself reads common.pt, but no longer writes it.
-        assert set(acts) - set(strategy) <= {"common.pt"} and set(strategy) <= set(acts)
+def test_megatron_core_reads_what_is_written_and_says_what_it_cannot(tmp_path):
+    for files, failure in run_distributed(2, written, str(tmp_path)):
+        assert set(files) == {METADATA, file_name(0), file_name(1), "common.pt", "metadata.json"}
+        assert failure not in ("CheckpointException", "BaseException")
 
 
 def test_a_view_is_written_alone(tmp_path):

@@ -49,13 +49,14 @@ def spoil_batch(first: int, last: int, rank: int, step: int) -> None:
 
 
 def damage(run_dir: Path) -> None:
-    """Beside a complete checkpoint of step 2: one cut short, one without marker, one scrambled, one empty."""
+    """Beside a complete checkpoint of step 2: one cut short, one without marker, two scrambled, one empty."""
     root = run_dir / "checkpoints"
-    for step in (3, 4, 5):
+    for step in (3, 4, 5, 8):
         shutil.copytree(root / "step_000002", root / f"step_{step:06d}")
     (root / "step_000003/megatron_opd.json").unlink()
-    scrambled = root / "step_000004/optimizer/.metadata"
-    scrambled.write_bytes(b"\0" * scrambled.stat().st_size)
+    for part in ("step_000004/optimizer/.metadata", "step_000008/optimizer/__1_0.distcp"):
+        scrambled = root / part
+        scrambled.write_bytes(b"\0" * scrambled.stat().st_size)
     cut = root / "step_000005/megatron/__1_0.distcp"
     cut.write_bytes(cut.read_bytes()[:-100])
     (root / "step_000006").mkdir()
@@ -181,6 +182,7 @@ def test_damaged_checkpoints_are_named_and_skipped(finished: Finished) -> None:
     said = "".join(outcome.said.split("\n"))
     assert outcome.error == "" and "resumed at step 2" in said
     for words in (
+        "step_000008: optimizer/ cannot be loaded: ",
         "step_000006: the directory is empty",
         "step_000005: megatron/__1_0.distcp has",
         "step_000004: ",
@@ -247,8 +249,8 @@ def test_a_step_with_nan_is_skipped_and_kept(finished: Finished) -> None:
     assert lines[2]["skipped"] == "loss is nan" and [m["skipped_steps"] for m in lines] == [0, 0, 1, 1, 1]
     assert lines[2]["lr"] == lines[1]["lr"]
     kept = torch.load(finished.run.folder / "nan_once/bad_steps/step_000003.pt", weights_only=True)
-    assert kept["reason"] == "loss is nan" and len(kept["answers"]) == 4
-    assert kept["answers"][1]["prune_weight"].isnan().all() and not kept["answers"][0]["prune_weight"].isnan().any()
+    assert kept["reason"] == "loss is nan" and len(kept["responses"]) == 4
+    assert kept["responses"][1]["prune_weight"].isnan().all() and not kept["responses"][0]["prune_weight"].isnan().any()
 
 
 def test_many_steps_with_nan_end_the_run(finished: Finished) -> None:
