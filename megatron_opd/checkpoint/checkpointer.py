@@ -97,7 +97,7 @@ class Checkpointer:
         self._parameters, self._optimizer = ShardWriter(), ShardWriter()
         self._background = ThreadPoolExecutor(1, "checkpoint")
         self._save: _Save | None = None
-        self._owed = False  # a save that failed or had to wait for the previous one
+        self._unsaved = False  # a save that failed or had to wait for the previous one
 
     @property
     def warning(self) -> str:
@@ -126,11 +126,11 @@ class Checkpointer:
                 self._advance(wait=True)
                 if self.failures:
                     time.sleep(min(2.0**self.failures, 30.0))
-        elif wanted or self._owed:
+        elif wanted or self._unsaved:
             if self._save is None:
                 self._begin(step, state(), self.settings.asynchronous)
             else:
-                self._owed = True
+                self._unsaved = True
         self.seconds += time.perf_counter() - started
 
     def close(self) -> None:
@@ -143,16 +143,16 @@ class Checkpointer:
         Damaged checkpoints are named and skipped. Returns None where there is none at all. Raises CheckpointError
         where all are damaged, where the checkpoint is of another model, or with `resume: never` where there is one.
         """
-        found = self._find()
-        if not found:
+        candidates = self._find()
+        if not candidates:
             return None
         if self.settings.resume == "never":
             raise CheckpointError(
-                f"{found[0].path} exists and checkpoint.resume is never; set checkpoint.resume: auto to go on from it, "
-                "or choose another run_dir"
+                f"{candidates[0].path} exists and checkpoint.resume is never; set checkpoint.resume: auto to go on "
+                "from it, or choose another run_dir"
             )
         damaged = []
-        for candidate in found:
+        for candidate in candidates:
             problem = candidate.problem
             if not problem:
                 with together():
@@ -175,7 +175,7 @@ class Checkpointer:
 
     def _begin(self, step: int, state: dict[str, Any], background: bool) -> None:
         partial = directory.partial_path(self.root, step)
-        self._owed = False
+        self._unsaved = False
         everybodys_rng = all_gather(rng_state(), None)
         try:
             on_rank_0(lambda: _make_partial(partial), otherwise=CheckpointError)
@@ -248,7 +248,7 @@ class Checkpointer:
             shutil.rmtree(partial, ignore_errors=True)
         self.failures += 1
         self.problem = problem
-        self._owed = True
+        self._unsaved = True
         self.say(f"WARNING: the checkpoint of step {step} failed: {problem}")
         if self.failures >= self.settings.max_failures:
             last = "there is none" if self.last_step is None else f"step {self.last_step} is untouched"

@@ -74,11 +74,11 @@ def problem_of(path: Path) -> str:
         return f"{MANIFEST} is not readable"
     for name, size in files.items():
         try:
-            found = (path / name).stat().st_size
+            actual = (path / name).stat().st_size
         except OSError as error:
             return f"{name}: {error.strerror}"
-        if found != size:
-            return f"{name} has {found} bytes instead of {size}"
+        if actual != size:
+            return f"{name} has {actual} bytes instead of {size}"
     return ""
 
 
@@ -117,7 +117,7 @@ def seal(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 def remove_old(root: Path, keep_last: int, keep_every: int) -> None:
     """Removes complete checkpoints beyond the newest `keep_last`, except multiples of `keep_every`."""
-    complete = [found for found in find(root) if not found.problem]
+    complete = [checkpoint for checkpoint in find(root) if not checkpoint.problem]
     for old in complete[keep_last:]:
         if keep_every and old.step % keep_every == 0:
             continue

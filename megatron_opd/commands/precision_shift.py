@@ -164,14 +164,14 @@ def measure(
     settings: dict[str, ModelConfig] = {"student": config.student, "teacher": config.teacher}
     rollouts: list[Rollout] = []
     readings: dict[str, dict[str, Reading]] = {"student": {}, "teacher": {}}
-    for who, (first, second) in ways.items():
+    for role, (first, second) in ways.items():
         for name, changes in zip(names, (first, second)):
-            model = _build(who, changed(who, settings[who], changes), layouts[who], device)
+            model = _build(role, changed(role, settings[role], changes), layouts[role], device)
             if not rollouts:
                 engine = MegatronEngine(model, set(tokenizer.eos_ids), config.rollout.max_batch)
                 rollouts = sample_responses(config, engine, tokenizer, PROMPTS, TOKENS)
                 del engine
-            readings[who][name] = top_candidates(model, rollouts, config.prune.k, config.train.tokens_per_microbatch)
+            readings[role][name] = top_candidates(model, rollouts, config.prune.k, config.train.tokens_per_microbatch)
             del model
             gc.collect()
             if device.type == "cuda":

@@ -222,8 +222,8 @@ def _modules_that_hold(function: Any) -> list[str]:
 
     import megatron.core.models.gpt  # noqa: F401 -- loads every module that our models use
 
-    found = []
+    names = []
     for name, module in list(sys.modules.items()):
         if name.startswith("megatron.core") and getattr(module, _TRACKER, None) is function:
-            found.append(name)
-    return found
+            names.append(name)
+    return names

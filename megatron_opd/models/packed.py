@@ -24,7 +24,7 @@ from torch.nn.functional import pad as zero_pad
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from megatron_opd.parallel.context import held_chunks, held_places, row_order
+from megatron_opd.parallel.context import held_chunks, held_positions, row_order
 
 _MASKED_QUERIES = 512  # queries behind earlier keys need a mask: for so many of them at a time
 
@@ -108,7 +108,7 @@ def pack_row(lengths: list[int], device: torch.device, thd: bool, context: tuple
     """
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])
-    held = held_places(lengths, *context) if context[1] > 1 else None
+    held = held_positions(lengths, *context) if context[1] > 1 else None
     return PackedRow(
         qkv_format="thd" if thd else "sbhd",
         cu_seqlens_q=ends.to(device),

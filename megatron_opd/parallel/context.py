@@ -21,8 +21,8 @@ def held_chunks(rank: int, size: int) -> tuple[int, int]:
     return rank, 2 * size - 1 - rank
 
 
-def held_places(lengths: list[int], rank: int, size: int) -> Tensor:
-    """[sum of lengths / size] int64: places in the whole row of the tokens that a rank holds, in the order it has them.
+def held_positions(lengths: list[int], rank: int, size: int) -> Tensor:
+    """[sum of lengths / size] int64: positions in the row of the tokens that a rank holds, in the order it has them.
 
     `lengths` are padded ones. Raises ValueError where one does not split.
     """
@@ -39,15 +39,15 @@ def held_places(lengths: list[int], rank: int, size: int) -> Tensor:
 
 
 def row_order(lengths: list[int], size: int) -> Tensor:
-    """[sum of lengths] int64: for each place of the row, where it lies in all ranks' parts one behind the other."""
-    return torch.cat([held_places(lengths, rank, size) for rank in range(size)]).argsort()
+    """[sum of lengths] int64: for each position of the row, where it lies in all ranks' parts one behind the other."""
+    return torch.cat([held_positions(lengths, rank, size) for rank in range(size)]).argsort()
 
 
-def response_places(prompt: int, response: int, rank: int, size: int) -> Tensor:
+def response_positions(prompt: int, response: int, rank: int, size: int) -> Tensor:
     """Positions of a response (0 for its first token) that a rank's tokens predict, in the order it has them.
 
     The sequence is the prompt and the response less its last token; a token predicts the one behind it.
     """
     fed = prompt + response - 1
-    places = held_places([padded_length(fed, size)], rank, size)
-    return places[(places >= prompt - 1) & (places < fed)] - (prompt - 1)
+    positions = held_positions([padded_length(fed, size)], rank, size)
+    return positions[(positions >= prompt - 1) & (positions < fed)] - (prompt - 1)

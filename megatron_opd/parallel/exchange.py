@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from megatron_opd.parallel.context import response_places
+from megatron_opd.parallel.context import response_positions
 from megatron_opd.parallel.groups import Layout
 
 Fields = dict[str, Tensor]
@@ -34,16 +34,16 @@ def share_responses(
     """
     rank, size = layout.context
     shared = share_fields([((i, rank), fields) for i, fields in items], layout.owns_results, device)
-    found = []
+    shared_items = []
     for i, (prompt, response) in enumerate(lengths):
         parts = [shared[i, r] for r in range(size)]
-        order = torch.cat([response_places(prompt, response, r, size) for r in range(size)]).argsort()
-        found.append(
+        order = torch.cat([response_positions(prompt, response, r, size) for r in range(size)]).argsort()
+        shared_items.append(
             {n: parts[0][n] if n in once else torch.cat([part[n] for part in parts])[order] for n in parts[0]}
             if size > 1
             else parts[0]
         )
-    return found
+    return shared_items
 
 
 def share_fields(
@@ -65,7 +65,7 @@ def share_fields(
         mine = [(k, {n: (tuple(t.shape), str(t.dtype)) for n, t in f.items()}) for k, f in items]
     headers: list[list | None] = [None] * world
     dist.all_gather_object(headers, mine, group=group)
-    found: dict[Key, Fields] = {}
+    shared_items: dict[Key, Fields] = {}
     for rank, header in enumerate(headers):
         if not header:
             continue
@@ -84,5 +84,5 @@ def share_fields(
                 dist.broadcast(flat, group=group, group_src=rank)
             parts[name] = flat.to("cpu", dtype).split([s[0] for s in shapes])
         for i, (key, _) in enumerate(header):
-            found[key] = {name: parts[name][i] for name in names}
-    return found
+            shared_items[key] = {name: parts[name][i] for name in names}
+    return shared_items

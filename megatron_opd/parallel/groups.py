@@ -129,7 +129,7 @@ class _SharedGroups:
     gloo, a thread that wakes up a hundred times a second."""
 
     def __init__(self) -> None:
-        self._made: dict[str, dist.ProcessGroup] = {}
+        self._by_ranks: dict[str, dist.ProcessGroup] = {}
 
     def of(self, grid: HyperCommGrid, *dims: str) -> dist.ProcessGroup:
         """This rank's group over the named dimensions of the grid."""
@@ -138,9 +138,9 @@ class _SharedGroups:
     def among(self, ranks: list[list[int]]) -> dist.ProcessGroup:
         """This rank's group of a partition of all ranks. Every rank asks for the same partitions in the same order."""
         partition = sorted(sorted(part) for part in ranks)
-        if str(partition) not in self._made:
-            self._made[str(partition)] = dist.new_subgroups_by_enumeration(partition)[0]
-        return self._made[str(partition)]
+        if str(partition) not in self._by_ranks:
+            self._by_ranks[str(partition)] = dist.new_subgroups_by_enumeration(partition)[0]
+        return self._by_ranks[str(partition)]
 
 
 def _embedding_groups(

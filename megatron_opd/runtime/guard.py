@@ -139,6 +139,6 @@ class Guard:
 
     def _write_stacks(self, reason: str) -> None:
         rank, world = os.environ.get("RANK", "0"), os.environ.get("WORLD_SIZE", "1")
-        who = f"rank {rank} of {world} (host {socket.gethostname()}, process {os.getpid()})"
-        os.write(_STDERR, f"\nmegatron-opd: {who}: {reason}\n".encode())
+        speaker = f"rank {rank} of {world} (host {socket.gethostname()}, process {os.getpid()})"
+        os.write(_STDERR, f"\nmegatron-opd: {speaker}: {reason}\n".encode())
         faulthandler.dump_traceback(file=_STDERR, all_threads=True)

@@ -95,10 +95,10 @@ def main(arguments: list[str] | None = None) -> int:
 def local_report(node: str, directory: Path, min_free_gb: float) -> Report:
     """This node's GPUs and disk."""
     report = Report(node, torch.cuda.device_count())
-    for name, place, needed in (("run directory", directory, min_free_gb), ("/dev/shm", Path("/dev/shm"), 0.05)):
-        problem = disk_problem(place, needed)
+    for name, folder, needed in (("run directory", directory, min_free_gb), ("/dev/shm", Path("/dev/shm"), 0.05)):
+        problem = disk_problem(folder, needed)
         if problem:
-            report.problems.append(f"{name} {place}: {problem}")
+            report.problems.append(f"{name} {folder}: {problem}")
     report.problems += gpu_problems(report.gpus)
     return report
 
@@ -225,10 +225,10 @@ def pair_bandwidths(store: dist.Store, options: argparse.Namespace, gpus: int) -
     for number, together in enumerate(pairs(len(options.nodes))):
         mine = next((p for p in together if options.rank in p), None)
         if mine is not None:
-            name, place = f"pair/{number}/{mine[0]}", mine.index(options.rank)
+            name, side = f"pair/{number}/{mine[0]}", mine.index(options.rank)
             prefix = dist.PrefixStore(name, store)
-            rate = gpu_bandwidth(options, prefix, place, gpus) if gpus else cpu_bandwidth(prefix, place)
-            if place == 0:
+            rate = gpu_bandwidth(options, prefix, side, gpus) if gpus else cpu_bandwidth(prefix, side)
+            if side == 0:
                 store.set(f"{name}/rate", str(rate))
         dist.barrier()
         for pair in together:
@@ -236,9 +236,9 @@ def pair_bandwidths(store: dist.Store, options: argparse.Namespace, gpus: int) -
     return rates
 
 
-def cpu_bandwidth(store: dist.Store, place: int, megabytes: int = 16) -> float:
+def cpu_bandwidth(store: dist.Store, side: int, megabytes: int = 16) -> float:
     """Gloo all-reduce of two nodes in GB/s: 2 (n - 1) / n times the bytes over the time, n = 2."""
-    group = dist.ProcessGroupGloo(store, place, 2, timedelta(seconds=60))
+    group = dist.ProcessGroupGloo(store, side, 2, timedelta(seconds=60))
     return timed(megabytes << 20, lambda tensor: group.allreduce([tensor]).wait(), torch.device("cpu"))  # type: ignore[attr-defined]
 
 
@@ -256,22 +256,22 @@ def timed(size: int, reduce: Callable[[torch.Tensor], object], device: torch.dev
     return best
 
 
-def gpu_bandwidth(options: argparse.Namespace, store: dist.Store, place: int, gpus: int) -> float:
+def gpu_bandwidth(options: argparse.Namespace, store: dist.Store, side: int, gpus: int) -> float:
     """NCCL all-reduce over all GPUs of both nodes, a process each; returns GB/s of the bus."""
-    if place == 0:
+    if side == 0:
         with socket.socket() as free:
             free.bind(("", 0))
             store.set("port", str(free.getsockname()[1]))
         store.set("host", options.nodes[options.rank])
     where = store.get("host").decode(), int(store.get("port"))
     queue = torch.multiprocessing.get_context("spawn").SimpleQueue()
-    torch.multiprocessing.spawn(_gpu_worker, args=(where, place, gpus, options.wait_s, queue), nprocs=gpus)
-    return queue.get() if place == 0 else 0.0
+    torch.multiprocessing.spawn(_gpu_worker, args=(where, side, gpus, options.wait_s, queue), nprocs=gpus)
+    return queue.get() if side == 0 else 0.0
 
 
-def _gpu_worker(local: int, where: tuple[str, int], place: int, gpus: int, wait_s: float, queue: Any) -> None:
+def _gpu_worker(local: int, where: tuple[str, int], side: int, gpus: int, wait_s: float, queue: Any) -> None:
     torch.cuda.set_device(local)
-    rank = place * gpus + local
+    rank = side * gpus + local
     store = dist.TCPStore(*where, world_size=2 * gpus, is_master=rank == 0, timeout=timedelta(seconds=wait_s))
     dist.init_process_group("nccl", store=store, rank=rank, world_size=2 * gpus, timeout=timedelta(seconds=wait_s))
     rate = timed(256 << 20, dist.all_reduce, torch.device("cuda", local), 2 * gpus)
@@ -286,8 +286,8 @@ def slow_links(nodes: list[str], rates: dict[tuple[int, int], float], least: flo
     limit, name = max((least, "MIN_GBPS"), (share * fastest, f"MIN_SHARE of the fastest pair's {fastest:.3g}"))
     lines = []
     for pair, rate, sure in slow_nodes(rates, limit):
-        who, other = (nodes[i] for i in pair)
-        link = f"{who}: all-reduce with {other}" if sure else f"{who} or {other}: all-reduce between them"
+        first, other = (nodes[i] for i in pair)
+        link = f"{first}: all-reduce with {other}" if sure else f"{first} or {other}: all-reduce between them"
         lines.append(f"{link} reaches {rate:.3g} GB/s, the limit is {limit:.3g} GB/s ({name})")
     return lines
 
@@ -300,11 +300,11 @@ def slow_nodes(rates: dict[tuple[int, int], float], limit: float) -> list[tuple[
         for node in pair:
             partners.setdefault(node, []).append(pair in slow)
     suspects = {node for node, marks in partners.items() if all(marks) and len(marks) > 1}
-    found = []
+    links = []
     for (i, j), rate in slow.items():
         sure = (i in suspects) != (j in suspects)
-        found.append(((j, i) if sure and j in suspects else (i, j), rate, sure))
-    return found
+        links.append(((j, i) if sure and j in suspects else (i, j), rate, sure))
+    return links
 
 
 def set_interface(address: str) -> None:

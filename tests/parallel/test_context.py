@@ -12,7 +12,7 @@ from megatron_opd.config import PruneConfig
 from megatron_opd.models import packed
 from megatron_opd.models.model import Model
 from megatron_opd.models.packed import pack_row
-from megatron_opd.parallel.context import held_places, padded_length, response_places, row_order
+from megatron_opd.parallel.context import held_positions, padded_length, response_positions, row_order
 from megatron_opd.parallel.schedule import run_schedule
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.rollout.base import Request, Sampling
@@ -57,7 +57,7 @@ def test_the_split_is_transformer_engines(size):
     lengths = [padded_length(n, size) for n in (1, 40, 7, 2 * size)]
     assert all(n % (2 * size) == 0 and n - m < 2 * size for n, m in zip(lengths, (1, 40, 7, 2 * size)))
     ends = [0, *torch.tensor(lengths).cumsum(0).tolist()]
-    parts = [held_places(lengths, rank, size) for rank in range(size)]
+    parts = [held_positions(lengths, rank, size) for rank in range(size)]
     for rank, part in enumerate(parts):
         assert part.tolist() == [kernel_place(t, ends, rank, size) for t in range(sum(lengths) // size)]
     joined = torch.cat(parts)
@@ -67,19 +67,19 @@ def test_the_split_is_transformer_engines(size):
 
 def test_without_a_split_nothing_is_padded_or_moved():
     assert padded_length(7, 1) == 7 and padded_length(0, 4) == 0
-    assert held_places([3, 4], 0, 1).tolist() == list(range(7))
-    assert response_places(3, 5, 0, 1).tolist() == list(range(5))
+    assert held_positions([3, 4], 0, 1).tolist() == list(range(7))
+    assert response_positions(3, 5, 0, 1).tolist() == list(range(5))
 
 
 def test_a_length_that_does_not_split_is_refused():
     with pytest.raises(ValueError, match="6 tokens does not split into 4 equal chunks"):
-        held_places([8, 6], 0, 2)
+        held_positions([8, 6], 0, 2)
 
 
 @pytest.mark.parametrize("prompt, response", [(1, 1), (3, 20), (9, 2), (30, 1)])
 @pytest.mark.parametrize("size", [2, 4])
 def test_every_response_token_is_predicted_on_one_rank(prompt, response, size):
-    found = torch.cat([response_places(prompt, response, rank, size) for rank in range(size)])
+    found = torch.cat([response_positions(prompt, response, rank, size) for rank in range(size)])
     assert sorted(found.tolist()) == list(range(response))
 
 
@@ -92,7 +92,7 @@ def test_a_row_for_transformer_engine(rank):
     assert row.cu_seqlens_q.dtype == row.cu_seqlens_kv.dtype == torch.int32
     assert row.cu_seqlens_q_padded is None and row.cu_seqlens_kv_padded is None  # no padding between sequences
     assert row.cp_group is None and row.local_cp_size is None  # the group that the attention was built with
-    assert row.take(torch.arange(24)).tolist() == held_places(lengths, rank, 2).tolist()
+    assert row.take(torch.arange(24)).tolist() == held_positions(lengths, rank, 2).tolist()
 
 
 def rotation_error(model: Model) -> float:
@@ -150,7 +150,7 @@ def row_logits(model: Model) -> list[torch.Tensor] | None:
     assert len(parts[0]) == total // group.size()
     whole = torch.empty(total, VOCAB)
     for rank, part in enumerate(parts):
-        whole[held_places(row.lengths, rank, group.size())] = part
+        whole[held_positions(row.lengths, rank, group.size())] = part
     return [part[:n] for part, n in zip(whole.split(row.lengths), LENGTHS)]
 
 
