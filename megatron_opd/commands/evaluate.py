@@ -19,6 +19,7 @@ from megatron_opd.parallel.groups import student_layout
 from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.runtime.ending import ending
 from megatron_opd.training.setup import init_distributed
+from megatron_opd.weights.fingerprint import parameters_fingerprint
 
 
 def evaluate_checkpoint(config: Config, checkpoint: str | None) -> None:
@@ -45,20 +46,22 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> None:
     with ending(engine.close):
         engine.update_parameters(lambda: hf_stream(student, config), 0)
         out = Path(config.run_dir, "eval", Path(directory).name)
-        result = evaluate(engine, sets, tokenizer, config.eval, out, 0, is_writer, directory)
+        parameters = parameters_fingerprint(student, config.rollout.bucket_mb << 20)
+        result = evaluate(engine, sets, tokenizer, config.eval, out, 0, is_writer, parameters)
     if is_writer:
         _print(directory, result, out)
 
 
 def _print(directory: str, result: dict[str, Any], out: Path) -> None:
     table = Table(title=directory)
-    columns = ("data set", "avg@k", "95% interval", "pass@k", "maj@k", "length", "truncated")
+    columns = ("data set", "prompts", "avg@k", "95% interval", "pass@k", "maj@k", "length", "truncated")
     for name in columns:
         table.add_column(name, justify="left" if name == "data set" else "right")
     for name, numbers in result["sets"].items():
         k = max(int(key.split("@")[1]) for key in numbers if key.startswith("pass@") and key.count("_") == 0)
         table.add_row(
             name,
+            f"{numbers['prompts']}",
             f"{100 * numbers[f'avg@{k}']:.2f}%",
             f"{100 * numbers[f'avg@{k}_low']:.2f} to {100 * numbers[f'avg@{k}_high']:.2f}",
             f"{100 * numbers[f'pass@{k}']:.2f}%",
@@ -67,4 +70,7 @@ def _print(directory: str, result: dict[str, Any], out: Path) -> None:
             f"{100 * numbers['truncated']:.1f}%",
         )
     Console(width=None if sys.stdout.isatty() else 120).print(table)
-    print(f"answers: {out}")
+    for name, notes in result["notes"].items():
+        for note in notes:
+            print(f"{name}: {note}")
+    print(f"responses: {out}")

@@ -43,6 +43,7 @@ class PromptSet:
     too_long: int  # left out: longer than max_prompt_tokens
     duplicates: int  # rows whose text repeats an earlier row's
     duplicates_dropped: bool = False
+    beyond_limit: int = 0  # left out: an evaluation set's limit was reached before
     notes: list[str] = field(default_factory=list)  # choices made for the user, in words
 
     def __len__(self) -> int:
@@ -140,7 +141,9 @@ def load_eval_prompts(eval_set: EvalSetConfig, data: DataConfig, tokenizer: Toke
         found = load_prompts(data.model_copy(update=changes), tokenizer, need_answers=True, verifier=eval_set.verifier)
     except DataError as error:
         raise DataError(f"eval set {eval_set.name}: {error}") from error
-    found.prompts = found.prompts[: eval_set.limit]
+    kept = found.prompts[: eval_set.limit]
+    found.beyond_limit = len(found.prompts) - len(kept)
+    found.prompts = kept
     return found
 
 

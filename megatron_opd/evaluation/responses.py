@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -13,11 +14,17 @@ from megatron_opd.evaluation.metrics import Answer
 from megatron_opd.rollout.base import Request
 
 
-def request_key(identity: dict[str, Any], seed: int, policy_version: int, model_id: str, request: Request) -> str:
-    """A hash of everything that decides a response and its verdict, so that none is taken for another."""
-    prompt = request.prompt
-    parts = [identity, seed, policy_version, model_id, request.index, prompt.uid, prompt.tokens, prompt.answer]
+def request_key(parameters: str, sampling: dict[str, Any], request: Request) -> str:
+    """A hash of everything that decides a response: the fingerprint of the parameters, how is sampled, the prompt's
+    tokens, and the index, which seeds the sampler. Verdicts are not part of it; they are made anew each time."""
+    parts = [parameters, sampling, request.index, request.prompt.tokens]
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:20]
+
+
+def old_name(path: Path) -> Path:
+    """A free name for what stood at `path`: NAME.old.jsonl, NAME.old2.jsonl, ..."""
+    names = (path.with_suffix(f".old{number if number > 1 else ''}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
 
 
 def answer_of(record: dict[str, Any]) -> Answer:
@@ -31,15 +38,18 @@ class ResponseFile:
     def __init__(self, path: Path):
         self.path = path
 
-    def open(self, keys: set[str]) -> dict[str, dict[str, Any]]:
+    def open(self, keys: set[str]) -> tuple[dict[str, dict[str, Any]], int]:
         """Reads the finished records among `keys` and leaves the file holding exactly these.
 
-        A half-written line is dropped. Records of other settings go, with the whole old file, to NAME.old.jsonl.
+        A half-written line is dropped. Where there are records of other parameters, prompts or settings, the whole old
+        file is kept beside it.
+
+        Returns the records by key, and how many others there were.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
         found: dict[str, dict[str, Any]] = {}
-        foreign = False
+        others = 0
         lines = self.path.read_bytes().splitlines(keepends=True)
         for line in lines:
             try:
@@ -52,15 +62,23 @@ class ResponseFile:
             if record["key"] in keys:
                 found[record["key"]] = record
             else:
-                foreign = True
-        if foreign:
-            shutil.copyfile(self.path, self.path.with_suffix(".old.jsonl"))
+                others += 1
+        if others:
+            self.keep_old()
         if len(found) < len(lines):
-            partial = self.path.with_name(self.path.name + ".partial")
-            with partial.open("w", encoding="utf-8") as file:
-                file.writelines(_line(record) for record in found.values())
-            os.replace(partial, self.path)
-        return found
+            self.rewrite(list(found.values()))
+        return found, others
+
+    def keep_old(self) -> None:
+        """Copies the file to a name beside it."""
+        shutil.copyfile(self.path, old_name(self.path))
+
+    def rewrite(self, records: list[dict[str, Any]]) -> None:
+        """Leaves the file holding exactly these, whole or not at all."""
+        partial = self.path.with_name(self.path.name + ".partial")
+        with partial.open("w", encoding="utf-8") as file:
+            file.writelines(_line(record) for record in records)
+        os.replace(partial, self.path)
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Adds records and sees them onto the disk."""

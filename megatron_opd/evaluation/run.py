@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -17,12 +17,12 @@ from megatron_opd.data.prompts import PromptSet, load_eval_prompts
 from megatron_opd.data.tokenizer import Tokenizer
 from megatron_opd.errors import ConfigError, RunError
 from megatron_opd.evaluation.metrics import Answer, summarize
-from megatron_opd.evaluation.responses import ResponseFile, answer_of, request_key
-from megatron_opd.evaluation.verifiers import Case, VerifierError, VerifierPool, response_text
+from megatron_opd.evaluation.responses import ResponseFile, answer_of, old_name, request_key
+from megatron_opd.evaluation.verifiers import Case, Verdict, VerifierError, VerifierPool, response_text
 from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.plugins import is_own
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
-from megatron_opd.types import END_LENGTH, Rollout
+from megatron_opd.types import END_LENGTH, Prompt, Rollout
 
 log = logging.getLogger(__name__)
 
@@ -65,17 +65,20 @@ def evaluate(
     out_dir: str | Path,
     step: int,
     is_writer: bool,
-    model_id: str = "",
+    parameters: str = "",
 ) -> dict[str, Any]:
     """Evaluates the engine's current parameters on every set. Collective: all ranks call it with equal arguments.
 
     Rank 0 (`is_writer`) verifies and writes `out_dir/NAME-stepSTEP.jsonl`, one response a line, and the summary
-    `out_dir/stepSTEP.json`. Called again after an interruption it generates only what that file lacks; an answer is
-    taken from it where data set, prompt, sample, sampling settings, weight version and `model_id` (what the weight
-    version does not tell apart, such as a checkpoint's name) are the same.
+    `out_dir/stepSTEP.json`. Called again after an interruption it generates only what that file lacks. A response is
+    taken from it where `parameters` (the fingerprint of the engine's), the prompt, the sample and the sampling settings
+    are the same; what it was worth is judged anew, since a verifier or an answer may have been mended. Files of another
+    evaluation are kept beside those that take their names.
 
-    Returns, on every rank: {"accuracy": {set: avg@k}, "sets": {set: see `metrics.summarize`, plus too_long: prompts
-    left out as over-long}, "problems": {set: what went wrong with verifiers, with the answer's place}}.
+    Returns, on every rank: {"accuracy": {set: avg@k}, "sets": {set: see `metrics.summarize`, plus too_long and
+    beyond_limit: prompts left out, replaced: responses of another evaluation that stood in the file, verdicts_changed:
+    of responses that were taken from it}, "problems": {set: what went wrong with verifiers, with the answer's place},
+    "notes": {set: the same as sentences}}.
 
     Raises:
         EvaluationError: no space left, ...; on every rank.
@@ -84,15 +87,17 @@ def evaluate(
     if is_writer != (not dist.is_initialized() or dist.get_rank() == 0):
         raise ValueError("is_writer must be true on rank 0 and nowhere else")
     out_dir = Path(out_dir)
-    result: dict[str, Any] = {"accuracy": {}, "sets": {}, "problems": {}}
+    result: dict[str, Any] = {"accuracy": {}, "sets": {}, "problems": {}, "notes": {}}
     for eval_set in sets:
         name = eval_set.config.name
         judge = _Judge(eval_set, tokenizer, settings, out_dir / f"{name}-step{step}.jsonl")
         try:
-            numbers, problems = _evaluate_set(engine, judge, model_id)
+            numbers, problems = _evaluate_set(engine, judge, parameters)
         finally:
             judge.close()
-        result["sets"][name] = {**numbers, "too_long": eval_set.prompts.too_long}
+        result["sets"][name] = numbers
+        if notes := _notes(numbers):
+            result["notes"][name] = notes
         result["accuracy"][name] = numbers["accuracy"]
         if problems:
             result["problems"][name] = problems
@@ -103,20 +108,32 @@ def evaluate(
                     len(problems),
                     problems[0],
                 )
-    on_rank_0(lambda: _write_json(out_dir / f"step{step}.json", {"step": step, **result}), otherwise=EvaluationError)
+    on_rank_0(lambda: _write_summary(out_dir / f"step{step}.json", {"step": step, **result}), otherwise=EvaluationError)
     return result
 
 
-def _evaluate_set(engine: RolloutEngine, judge: _Judge, model_id: str) -> tuple[dict[str, float], list[str]]:
+def _notes(numbers: dict[str, float]) -> list[str]:
+    """What the numbers leave out or replace, in words."""
+    kinds = (
+        ("too_long", "prompts left out: longer than data.max_prompt_tokens"),
+        ("beyond_limit", "prompts left out: behind the set's limit"),
+        ("verifier_problems", "responses without a verdict, counted as wrong"),
+        ("replaced", "earlier responses of other parameters, prompts or settings replaced; kept as NAME.old.jsonl"),
+        ("verdicts_changed", "earlier verdicts changed; the old ones are kept as NAME.old.jsonl"),
+    )
+    return [f"{numbers[key]:.0f} {text}" for key, text in kinds if numbers[key]]
+
+
+def _evaluate_set(engine: RolloutEngine, judge: _Judge, parameters: str) -> tuple[dict[str, float], list[str]]:
     config, settings = judge.eval_set.config, judge.settings
     sampling = Sampling(config.max_tokens, config.temperature, config.top_p, seed=settings.seed)
     k, version = config.responses_per_prompt, engine.policy_version
     prompts = judge.eval_set.prompts.prompts
     requests = [Request(prompt, i * k + s) for i, prompt in enumerate(prompts) for s in range(k)]
-    # The rest of the settings goes into the key as it is in the config, so that a later field cannot be forgotten.
-    identity = config.model_dump(exclude={"limit", "prompts", "prompt_key", "answer_key"})
-    keys = [request_key(identity, settings.seed, version, model_id, r) for r in requests]
-    pending = on_rank_0(partial(judge.resume, keys), otherwise=EvaluationError)
+    # The whole of it, so that a later field cannot be forgotten; the engine, as each has a sampler of its own.
+    how = {**asdict(sampling), "engine": type(engine).__name__, "eos": sorted(judge.tokenizer.eos_ids)}
+    keys = [request_key(parameters, how, r) for r in requests]
+    pending = on_rank_0(partial(judge.resume, requests, keys), otherwise=EvaluationError)
     for start in range(0, len(pending), settings.chunk_responses):
         chunk = pending[start : start + settings.chunk_responses]
         rollouts = engine.generate([requests[i] for i in chunk], sampling)
@@ -139,15 +156,33 @@ class _Judge:
         self.settings = settings
         self.file = ResponseFile(path) if settings.save_responses else None
         self.answers: dict[str, Answer] = {}
+        self.replaced = self.verdicts_changed = 0
         self.pool = VerifierPool(eval_set.config.verifier, settings.verifier_timeout_s, settings.verifier_workers)
 
-    def resume(self, keys: list[str]) -> list[int]:
+    def resume(self, requests: list[Request], keys: list[str]) -> list[int]:
         """Takes over responses of an earlier attempt; returns the places in `keys` that are still to be generated."""
         if self.file is not None:
-            self.answers = {key: answer_of(record) for key, record in self.file.open(set(keys)).items()}
-            if self.answers:
-                log.info("%s: %d of %d responses are there already", self.file.path, len(self.answers), len(keys))
+            records, self.replaced = self.file.open(set(keys))
+            if records:
+                log.info("%s: %d of %d responses are there already", self.file.path, len(records), len(keys))
+                prompts = {key: request.prompt for request, key in zip(requests, keys, strict=True)}
+                self._judge_anew(records, prompts)
         return [i for i, key in enumerate(keys) if key not in self.answers]
+
+    def _judge_anew(self, records: dict[str, dict[str, Any]], prompts: dict[str, Prompt]) -> None:
+        """Verifies the responses of an earlier attempt again, and writes down what has changed."""
+        assert self.file is not None
+        verdicts = self.pool.score([Case.of(prompts[key], record["response"]) for key, record in records.items()])
+        judged = {
+            key: {**record, "uid": prompts[key].uid, "answer": prompts[key].answer, **_verdict(verdict)}
+            for (key, record), verdict in zip(records.items(), verdicts, strict=True)
+        }
+        self.verdicts_changed = sum(judged[key]["score"] != record["score"] for key, record in records.items())
+        if judged != records:
+            if self.verdicts_changed and not self.replaced:
+                self.file.keep_old()
+            self.file.rewrite(list(judged.values()))
+        self.answers = {key: answer_of(record) for key, record in judged.items()}
 
     def add(self, rollouts: list[Rollout], keys: list[str]) -> None:
         """Verifies and saves new responses."""
@@ -161,13 +196,10 @@ class _Judge:
                     "set": self.eval_set.config.name,
                     "uid": rollout.prompt.uid,
                     "sample": rollout.index % k,
-                    "correct": verdict.correct,
-                    "score": verdict.score,
-                    "extracted": verdict.extracted,
+                    **_verdict(verdict),
                     "answer": rollout.prompt.answer,
                     "length": len(rollout),
                     "truncated": rollout.end_reason == END_LENGTH,
-                    "problem": verdict.problem,
                     "prompt": rollout.prompt.text,
                     "response": text,
                     "policy_version": rollout.policy_version,
@@ -182,15 +214,33 @@ class _Judge:
         """The set's numbers, and the responses that no verdict was reached on."""
         answers = list(self.answers.values())
         problems = [f"prompt {a.uid}, sample {a.sample}: {a.problem}" for a in answers if a.problem is not None]
-        return summarize(answers, self.eval_set.config.responses_per_prompt, self.settings.seed), problems
+        numbers = summarize(answers, self.eval_set.config.responses_per_prompt, self.settings.seed)
+        numbers |= {"too_long": self.eval_set.prompts.too_long, "beyond_limit": self.eval_set.prompts.beyond_limit}
+        return numbers | {"replaced": self.replaced, "verdicts_changed": self.verdicts_changed}, problems
 
     def close(self) -> None:
         """Ends the verifier's processes."""
         self.pool.close()
 
 
-def _write_json(path: Path, value: dict[str, Any]) -> None:
+def _verdict(verdict: Verdict) -> dict[str, Any]:
+    return {
+        "correct": verdict.correct,
+        "score": verdict.score,
+        "extracted": verdict.extracted,
+        "problem": verdict.problem,
+    }
+
+
+def _write_summary(path: Path, value: dict[str, Any]) -> None:
+    """Writes it, and keeps a summary of other numbers beside it."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        other = json.loads(path.read_text(encoding="utf-8")).get("accuracy") != value["accuracy"]
+    except (OSError, ValueError, AttributeError):  # none, or what is no summary
+        other = False
+    if other:
+        os.replace(path, old_name(path))
     unfinished = path.with_name(path.name + ".partial")
     unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
     os.replace(unfinished, path)

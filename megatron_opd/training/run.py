@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +15,7 @@ from megatron_opd.data.loader import PromptLoader
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
-from megatron_opd.parallel.collective import from_rank_0, on_rank_0
+from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.prune import ResponseBudget, StaircaseBudget
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.prune.token_weighting import make_token_weighting
@@ -33,6 +32,7 @@ from megatron_opd.training.rewards import PastDriftRewards
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.types import ScoredBatch
+from megatron_opd.weights.fingerprint import parameters_fingerprint
 
 
 @dataclass
@@ -97,8 +97,6 @@ class Run:
         self.totals = Totals()
         self.step = 0
         self.unreported: dict[str, Any] | None = None  # the last step's metrics while its evaluation is not done
-        # Tells this run's saved responses from those of an earlier one in the same directory.
-        self.name = from_rank_0(uuid.uuid4().hex)
         self.checkpoints = Checkpointer(config, self.trainer, self.say)
         for note in [*notes, prompts.summary()]:
             self.say(note)
@@ -177,18 +175,19 @@ class Run:
     def evaluate(self) -> dict[str, float]:
         """Accuracy (avg@k) of each data set with the engine's parameters."""
         out = os.path.join(self.config.run_dir, "eval")
+        parameters = parameters_fingerprint(self.trainer.student, self.config.rollout.bucket_mb << 20)
         result = evaluate(
-            self.engine, self.eval_sets, self.tokenizer, self.config.eval, out, self.step, self.is_writer, self.name
+            self.engine, self.eval_sets, self.tokenizer, self.config.eval, out, self.step, self.is_writer, parameters
         )
         for name, numbers in result["sets"].items():
-            self.say(f"step {self.step}  eval {name}: accuracy {numbers['accuracy']:.3f}")
+            notes = "".join(f"; {note}" for note in result["notes"].get(name, ()))
+            self.say(f"step {self.step}  eval {name}: accuracy {numbers['accuracy']:.3f}{notes}")
         return result["accuracy"]
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside parameters and optimizer."""
         return {
             "step": self.step,
-            "name": self.name,
             "budget": self.budget.state_dict(),
             "loader": self.loader.state_dict(),
             "totals": vars(self.totals).copy(),
@@ -200,7 +199,7 @@ class Run:
         state = self.checkpoints.load_latest()
         if state is None:
             return
-        self.step, self.name = state["step"], state["name"]
+        self.step = state["step"]
         if self.config.prune.moves_budget and (changed := self.budget.load_state_dict(state["budget"])):
             said = f"prune.budget has changed since the checkpoint: {', '.join(changed)}"
             self.say(f"{said}; goes on at {self.budget.current}")

@@ -158,24 +158,68 @@ def test_answers_of_other_settings_are_not_taken(tokenizer, tmp_path):
     evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 1, True)
     path = tmp_path / "easy-step1.jsonl"
 
-    def asked(engine=None, model_id="", **changes):
+    def asked(parameters="", version=7, **changes):
         own_settings, own_sets = setup(tokenizer, changes.pop("prompts", prompts), **changes)
-        engine = engine or Scripted(tokenizer)
-        evaluate(engine, own_sets, tokenizer, own_settings, tmp_path, 1, True, model_id)
+        engine = Scripted(tokenizer, version=version)
+        result = evaluate(engine, own_sets, tokenizer, own_settings, tmp_path, 1, True, parameters)
         assert len(records(path)) == len({r["key"] for r in records(path)})
-        return len(engine.asked)
+        replaced = result["sets"]["easy"]["replaced"]
+        said = any("earlier responses of other parameters" in note for note in result["notes"].get("easy", ()))
+        assert said is (replaced > 0)
+        return len(engine.asked), replaced
 
-    assert asked() == 0
-    assert asked(limit=2) == 0 and len(records(path)) == 6  # a part of the same
-    assert asked() == 12
-    assert asked(temperature=0.9) == 18
-    old = records(tmp_path / "easy-step1.old.jsonl")
+    assert asked() == (0, 0)
+    assert asked(limit=2) == (0, 12) and len(records(path)) == 6  # a part of the same
+    assert len(records(tmp_path / "easy-step1.old.jsonl")) == 18
+    assert asked() == (12, 0)
+    assert asked(temperature=0.9) == (18, 18)
+    old = records(tmp_path / "easy-step1.old2.jsonl")
     assert len(old) == 18 and not {r["key"] for r in old} & {r["key"] for r in records(path)}
-    assert asked(temperature=0.9, max_tokens=49) == 18
-    assert asked(engine=Scripted(tokenizer, version=8)) == 18
-    assert asked(engine=Scripted(tokenizer, version=8), model_id="other checkpoint") == 18
+    assert asked(temperature=0.9, max_tokens=49) == (18, 18)
+    assert asked(temperature=0.9, max_tokens=49, version=8) == (0, 0)  # the same parameters at another step's number
+    assert asked(temperature=0.9, max_tokens=49, parameters="others") == (18, 18)
     changed = prompts_file(tmp_path, "q.jsonl", (10, 11, 99, 13, 14, 15))
-    assert asked(engine=Scripted(tokenizer, version=8), model_id="other checkpoint", prompts=changed) == 3
+    assert asked(temperature=0.9, max_tokens=49, parameters="others", prompts=changed) == (3, 3)
+    assert len(list(tmp_path.glob("easy-step1.old*.jsonl"))) == 5
+
+
+def test_saved_responses_are_judged_anew(tokenizer, tmp_path):
+    """A verifier or a reference answer may have been mended: the responses stay, what they are worth does not."""
+    settings, sets = setup(tokenizer, prompts_file(tmp_path))
+    first = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 1, True, "p")
+    path = tmp_path / "easy-step1.jsonl"
+    before = records(path)
+    settings, sets = setup(tokenizer, prompts_file(tmp_path), verifier="tests.evaluation.own_verifiers:never")
+    engine = Scripted(tokenizer)
+    second = evaluate(engine, sets, tokenizer, settings, tmp_path, 1, True, "p")
+    right = sum(r["correct"] for r in before)
+    assert engine.asked == [] and first["accuracy"]["easy"] > 0 == second["accuracy"]["easy"]
+    assert [r["response"] for r in records(path)] == [r["response"] for r in before]
+    assert not any(r["correct"] for r in records(path))
+    assert (second["sets"]["easy"]["verdicts_changed"], second["sets"]["easy"]["replaced"]) == (right, 0)
+    assert second["notes"]["easy"] == [f"{right} earlier verdicts changed; the old ones are kept as NAME.old.jsonl"]
+    assert records(tmp_path / "easy-step1.old.jsonl") == before
+    assert json.loads((tmp_path / "step1.old.json").read_text())["accuracy"] == first["accuracy"]
+    lines = [json.loads(line) for line in Path(sets[0].config.prompts).read_text().splitlines()]
+    for line in lines:  # other references to the same prompts
+        line["answer"] += "1"
+    Path(sets[0].config.prompts).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    settings, sets = setup(tokenizer, sets[0].config.prompts)
+    third = evaluate(engine, sets, tokenizer, settings, tmp_path, 1, True, "p")
+    assert engine.asked == [] and third["accuracy"]["easy"] == pytest.approx(1 - first["accuracy"]["easy"])
+
+
+def test_what_is_left_out_is_among_the_numbers(tokenizer, tmp_path):
+    path = Path(prompts_file(tmp_path))
+    path.write_text(json.dumps({"prompt": "1" * 5000, "answer": "1"}) + "\n" + path.read_text())
+    settings, sets = setup(tokenizer, str(path), limit=2)
+    result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 1, True)
+    numbers = result["sets"]["easy"]
+    assert (numbers["prompts"], numbers["too_long"], numbers["beyond_limit"]) == (2, 1, 4)
+    assert result["notes"]["easy"] == [
+        "1 prompts left out: longer than data.max_prompt_tokens",
+        "4 prompts left out: behind the set's limit",
+    ]
 
 
 def test_without_saving_nothing_but_the_summary_is_written(tokenizer, tmp_path):
