@@ -71,7 +71,7 @@ class TrainConfig(Section):
     lr_schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Decay from lr to min_lr over `steps`."""
     warmup_steps: Count = 0
-    """Steps of linear warm-up from 0."""
+    """Steps of linear warm-up; step k of them trains at lr k / warmup_steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW weight decay (not on norms and biases)."""
     adam_beta1: Fraction = 0.9

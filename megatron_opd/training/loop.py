@@ -86,7 +86,7 @@ def step(run: Run) -> dict[str, Any]:
     with clock.phase("sync"):
         gaps = run.hand_over()
     metrics = {"step": run.step} | clock.metrics() | batch_metrics(batch) | budget | gaps
-    metrics |= rewards | result.metrics() | {"lr": run.trainer.learning_rate}
+    metrics |= rewards | result.metrics()
     if not result.applied:
         run.keep_bad_step(result.reason, batch)
     return metrics | run.totals.add(metrics, result.applied)

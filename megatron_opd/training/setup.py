@@ -129,13 +129,17 @@ def build_optimizer(student: Model, ddp: list[DistributedDataParallel], train: T
 
 
 def build_scheduler(optimizer: MegatronOptimizer, train: TrainConfig) -> OptimizerParamScheduler:
-    """Megatron-Core's learning rate scheduler, counted in optimizer steps."""
+    """Megatron-Core's learning rate scheduler, counted in optimizer steps.
+
+    Step k = 1, 2, ... of W warm-up steps trains at lr k / W: Megatron-Core's own warm-up from 0 would spend the first
+    step's responses on nothing.
+    """
     scheduler = OptimizerParamScheduler(
         optimizer,
-        init_lr=0.0,
+        init_lr=train.lr / max(train.warmup_steps, 1),
         max_lr=train.lr,
         min_lr=train.min_lr,
-        lr_warmup_steps=train.warmup_steps,
+        lr_warmup_steps=max(train.warmup_steps - 1, 0),
         lr_decay_steps=train.steps,
         lr_decay_style=train.lr_schedule,
         start_wd=train.weight_decay,

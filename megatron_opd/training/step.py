@@ -38,13 +38,19 @@ class StepResult:
     grad_norm: float
     applied: bool  # False: loss or gradients were not finite, or a spike; the parameters are unchanged
     reason: str  # why it was not applied
+    lr: float  # that the step was trained with, or would have been
     microbatches: int  # of this rank's pipeline
     gap_mean: float | None  # |rollout - student| log-prob on sampled tokens, nats; None where not measured
     gap_max: float | None
     gap_count: int  # tokens above rollout.gap_threshold
 
     def metrics(self) -> dict[str, Any]:
-        numbers: dict[str, Any] = {"loss": self.loss, "grad_norm": self.grad_norm, "microbatches": self.microbatches}
+        numbers: dict[str, Any] = {
+            "loss": self.loss,
+            "grad_norm": self.grad_norm,
+            "lr": self.lr,
+            "microbatches": self.microbatches,
+        }
         if self.gap_mean is not None:
             numbers |= {
                 "rollout_logprob_gap_mean": self.gap_mean,
@@ -75,6 +81,7 @@ class TrainingStep:
         sums, microbatches = self._forward_backward(batch)
         trainer.optimizer.prepare_grads()
         norm = float(trainer.optimizer.get_grad_norm())
+        lr = trainer.learning_rate
         reason = self._refuse(sums.loss, norm)
         if not reason:
             trainer.optimizer.step()
@@ -86,6 +93,7 @@ class TrainingStep:
             norm,
             applied=not reason,
             reason=reason,
+            lr=lr,
             microbatches=microbatches,
             gap_mean=sums.gap / sums.gap_tokens if measured else None,
             gap_max=sums.gap_max if measured else None,
