@@ -79,6 +79,7 @@ class TeacherScores:
     sampled_logprobs: Tensor  # [T] float32, at the sampled tokens; behind M the student's own
     columns: dict[str, Tensor]  # [M, ...] by name, what the drift signal has kept of the teacher's logits
     measured: int  # M
+    read: int | None = None  # response tokens that it has read, also those that were cut off since; None: M
     # [T, hidden size] in the teacher's precision: what its output layer reads; with score.payload: hidden. 0 behind M.
     hidden: Tensor | None = None
 

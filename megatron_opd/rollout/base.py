@@ -85,6 +85,9 @@ class RolloutEngine(ABC):
     """Generates responses with the student's current parameters."""
 
     policy_version: int = -1  # optimizer steps behind the parameters that the engine holds; -1: none handed over yet
+    # Response tokens that the last `generate` sampled, over all replicas, the same on every rank: also those behind a
+    # stop, and those that were sampled once more. None: the engine samples no more than it returns.
+    tokens_sampled: int | None = None
 
     @abstractmethod
     def generate(

@@ -65,7 +65,9 @@ class DriftWatch:
     def scores(self, rollout: Rollout) -> TeacherScores:
         """Of one response as it is trained on: what its last segment holds behind the drift point may be cut off."""
         views, length = self.views[rollout.index], len(rollout)
-        return to_scores({name: torch.cat([v[name] for v in views])[:length] for name in views[0]}, rollout)
+        fields = {name: torch.cat([v[name] for v in views]) for name in views[0]}
+        scores = to_scores({name: column[:length] for name, column in fields.items()}, rollout)
+        return replace(scores, read=len(fields["sampled_logprobs"]))
 
     def cut(self, rollout: Rollout) -> Rollout:
         """The response without what its last segment holds behind the drift point; at least one token stays, for it may

@@ -87,4 +87,4 @@ def to_scores(fields: Fields, rollout: Rollout) -> TeacherScores:
     hidden = fields.get(HIDDEN)
     if hidden is not None and measured < len(rollout):
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(rollout) - measured))
-    return TeacherScores(logprobs, sampled, own_columns(fields), measured, hidden)
+    return TeacherScores(logprobs, sampled, own_columns(fields), measured, hidden=hidden)

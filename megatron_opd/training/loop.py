@@ -85,7 +85,7 @@ def step(run: Run) -> dict[str, Any]:
     run.step += 1
     with clock.phase("sync"):
         gaps = run.hand_over()
-    metrics = {"step": run.step} | clock.metrics() | batch_metrics(batch) | budget | gaps
+    metrics = {"step": run.step} | clock.metrics() | batch_metrics(batch, run.engine.tokens_sampled) | budget | gaps
     metrics |= rewards | result.metrics()
     if not result.applied:
         run.keep_bad_step(result.reason, batch)

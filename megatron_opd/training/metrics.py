@@ -11,15 +11,19 @@ from megatron_opd.losses import candidate_terms
 from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, ScoredBatch
 
 
-def batch_metrics(batch: ScoredBatch) -> dict[str, Any]:
+def batch_metrics(batch: ScoredBatch, sampled: int | None = None) -> dict[str, Any]:
     """Means are over all responses of the global batch, or over all of their tokens that the teacher has read.
 
-    Raises ValueError where a column of the drift signal would take a number's name.
+    `sampled`: tokens that the engine sampled for the batch; None: those that are kept, and no others. Raises
+    ValueError where a column of the drift signal would take a number's name.
     """
     rollouts, effective = batch.rollouts, batch.effective_length
     tokens = sum(len(r) for r in rollouts)
     numbers = {
-        "tokens_generated": tokens,
+        "tokens_generated": tokens if sampled is None else sampled,
+        "tokens_kept": tokens,
+        "tokens_scored": sum(s.measured if s.read is None else s.read for s in batch.scores),
+        "tokens_scored_prompt": sum(len(r.prompt.teacher_tokens) for r in rollouts),
         "tokens_trained": sum(batch.kept_length),
         "response_length_mean": tokens / len(rollouts),
         "events_mean": sum(batch.events) / len(rollouts),

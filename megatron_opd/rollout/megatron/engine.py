@@ -60,6 +60,9 @@ class MegatronEngine(RolloutEngine):
                 stop = watch([_segment(requests[i], parts[i]) for i in sorted(shared)])
                 stopped |= {i for i in range(len(requests)) if requests[i].index in stop and not _ended(parts[i])}
                 batch.stop({mine.index(numbers[index]) for index in stop if index in numbers})
+        sampled = torch.tensor(batch.sampled if layout.owns_results else 0)
+        dist.all_reduce(sampled)
+        self.tokens_sampled = int(sampled)
         return [self._rollout(request, parts[i], i in stopped) for i, request in enumerate(requests)]
 
     def probe(self, tokens: list[int]) -> Tensor:
@@ -111,6 +114,7 @@ class _Batch:
         self.last = torch.empty(0, dtype=torch.int64, device=device)  # [B] newest token, not yet cached
         self.made = torch.empty(0, dtype=torch.int64, device=device)  # [B] response tokens so far
         self.state = torch.zeros(len(requests), dtype=torch.int64, device=device)
+        self.sampled = 0  # tokens, so far
         self.records: list[tuple[Tensor, Sampled]] = []  # since the last `collect`
 
     def run(self, steps: int | None) -> None:
@@ -176,6 +180,7 @@ class _Batch:
     def _take(self, logits: Tensor | None, who: Tensor, position: Tensor, first: int = 0) -> None:
         """Samples the next token of the answers at places from `first` on and drops those that end."""
         tokens = torch.empty_like(who)
+        self.sampled += who.numel()
         groups = self.model.layout.groups
         if logits is not None:
             sampled = sample(logits, self.sampling, self.indices[who], position, self.model.vocab_size, groups.tp)

@@ -74,6 +74,7 @@ class VllmColocateEngine(RolloutEngine):
         self.engines = self.world_size // config.vllm.tensor
         self.group = dist.new_group(backend="gloo", timeout=CONTROL_TIMEOUT)
         self._asleep = False
+        self._sampled = 0  # tokens of the running `generate`, by this rank's engine
         with _process_state_kept():
             self._llm = self._start(str(model_dir), precision)
 
@@ -85,11 +86,13 @@ class VllmColocateEngine(RolloutEngine):
         check_requests(requests, sampling, self.max_model_len)
         by_index = {request.index: request for request in requests}
         responses = {str(r.index): Response(r, sampling.top_logprobs) for r in self._share(requests)}
+        self._sampled = 0
         self._everywhere(lambda: self._submit(responses, sampling))
         if watch is None:
             self._everywhere(lambda: self._run(responses, None))
         else:
             self._watched(responses, by_index, watch, segment)
+        self.tokens_sampled = sum(self._gather(self._sampled))
         # Engines hold consecutive requests: their responses, one engine's behind the other's, are in order.
         return share_rollouts(responses.values(), self._owner, by_index, self.policy_version, self.group)
 
@@ -209,6 +212,7 @@ class VllmColocateEngine(RolloutEngine):
         for output in self._llm.step():
             response, part = responses[output.request_id], output.outputs[0]
             table = part.logprobs
+            self._sampled += len(part.token_ids)
             for i, token in enumerate(part.token_ids):
                 start, stop = table.start_indices[i], table.end_indices[i]  # the sampled token, then the candidates
                 ids, logprobs = table.token_ids[start + 1 : stop], table.logprobs[start + 1 : stop]

@@ -105,6 +105,7 @@ class VllmServerEngine(RolloutEngine):
         finally:
             if run:
                 run.close()
+        self.tokens_sampled = self._on_first(lambda: run.sampled if run else 0)
         return share_rollouts(run.responses if run else (), self.first, by_index, self.policy_version, self.group)
 
     def update_parameters(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
@@ -241,6 +242,7 @@ class _Run:
         self.engine, self.responses, self.sampling = engine, responses, sampling
         self.version = engine.policy_version
         self.lock = threading.Lock()
+        self.sampled = 0  # tokens that arrived, whatever became of them
         self.closed = threading.Event()
         workers = max(1, min(len(responses), len(engine.pool.replicas) * engine.config.max_batch))
         self.executor = ThreadPoolExecutor(workers, thread_name_prefix="rollout")
@@ -327,6 +329,7 @@ class _Run:
                 if reason is not None and reason not in END_REASONS:
                     raise ReplicaError(f"ended a response with {reason!r}")
                 with self.lock:
+                    self.sampled += len(choice["token_ids"] or ())
                     if self._done(response):
                         return
                     for row in choice["logprobs"]["content"] if choice["token_ids"] else ():

@@ -172,6 +172,7 @@ def test_load_is_spread_and_bounded(servers):
     assert texts(engine.generate(requests(40), SAMPLING)) == expected(40)
     assert servers[0].served + servers[1].served == 40
     assert all(server.most_running == 4 for server in servers)
+    assert engine.tokens_sampled == sum(len(tokens) for tokens, _ in expected(40))
     engine.close()
 
 
@@ -221,6 +222,7 @@ def test_what_the_watcher_saw_stays_where_another_machine_disagrees(servers):
     assert rollout.tokens.tolist()[:12] == expected(1)[0][0][:12]
     assert rollout.tokens[12] == request_seed(1, 0, 12) % 400 + 50  # goes on with a seed of its own
     assert len(rollout) == 24
+    assert engine.tokens_sampled > len(rollout)  # the part that both servers have sampled counts twice
     engine.close()
 
 
@@ -230,6 +232,7 @@ def test_stopped_answers_end_behind_their_segment(servers):
     for index, ((tokens, reason), (whole, _)) in enumerate(zip(texts(rollouts), expected(20))):
         assert (tokens, reason) == ((whole[:8], "drift") if index % 2 == 0 else (whole, "length"))
     assert all(rollout.topk_ids.shape == (len(rollout), 2) for rollout in rollouts)
+    assert engine.tokens_sampled >= sum(len(rollout) for rollout in rollouts)
     engine.close()
 
 

@@ -86,7 +86,9 @@ def one_rank(rank, world_size, paths):
     result["watched_seen"] = [watcher.seen[i] for i in range(10)]
     result["watched_ended"] = watcher.ended
     watcher = Watcher(set(range(0, 10, 2)), 16)
+    result["sampled"] = {"watched": engine.tokens_sampled}
     result["stopped"] = texts(engine.generate(requests(10), SAMPLING, watcher, 8))
+    result["sampled"]["stopped"] = engine.tokens_sampled
     result["steps_saved"] = len(watcher.calls)
 
     result["too_long"] = raised(lambda: engine.generate(requests(1), Sampling(MAX_LEN)))
@@ -158,6 +160,7 @@ def test_temperature_zero_is_greedy(single):
 
 def test_a_watcher_that_stops_nothing_changes_nothing(single):
     assert single["watched"] == single["first"]
+    assert single["sampled"]["watched"] == sum(len(tokens) for tokens, _ in single["first"])
     assert single["watched_seen"] == [tokens for tokens, _ in single["first"]]
     assert single["watched_ended"] == set(range(10))
 
@@ -173,6 +176,8 @@ def test_watched_answers_stop_behind_their_segment(single):
         else:
             assert (tokens, reason) == (whole, whole_reason)
     assert "drift" in {reason for _, reason in single["stopped"]}
+    kept = sum(len(tokens) for tokens, _ in single["stopped"])
+    assert kept <= single["sampled"]["stopped"] < single["sampled"]["watched"]
 
 
 def test_the_probe_shows_a_skipped_handover(single):
