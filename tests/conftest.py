@@ -23,6 +23,7 @@ SLOW = (
     "extending",
     "models",
     "parallel/test_context.py",
+    "pretended_gpu",
     "rollout/megatron/test_engine.py",
     "rollout/vllm/test_colocate.py",
     "rollout/vllm/test_families.py",

@@ -7,7 +7,7 @@ from pathlib import Path
 TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "megatron_opd"
 BESIDE = {"docs", "examples", "slurm", "tools"}  # folders of the repository with tests of their own
-OTHER = {"extending", "gpu"}  # parts written outside the package; what needs a GPU
+OTHER = {"extending", "gpu", "pretended_gpu"}  # parts written outside the package; what needs a GPU, or pretends one
 WHOLE = {"test_distributed.py", "test_imports.py", "test_mirror.py", "test_type_checker.py", "test_words.py"}
 
 
