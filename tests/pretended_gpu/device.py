@@ -78,7 +78,12 @@ class Pretended(torch.Tensor):
     def __new__(cls, inner: torch.Tensor) -> Pretended:
         # C++ sees a CPU tensor: autograd would ask a real device for its streams.
         made = torch.Tensor._make_wrapper_subclass(
-            cls, inner.size(), strides=inner.stride(), storage_offset=inner.storage_offset(), dtype=inner.dtype, device=CPU
+            cls,
+            inner.size(),
+            strides=inner.stride(),
+            storage_offset=inner.storage_offset(),
+            dtype=inner.dtype,
+            device=CPU,
         )
         made.inner = inner
         return made

@@ -24,7 +24,12 @@ RUNS = {
     "tp2_sp": (),
     "pp2": ("student.parallel={pipeline: 2}", "teacher.parallel={tensor: 2}"),
     "cp2": ("student.parallel={context: 2}", "teacher.parallel={context: 2}"),
-    "ep2": (*EXPERTS, "student.parallel={expert: 2}", "teacher.parallel={expert: 2}"),
+    "ep2": (
+        *EXPERTS,
+        "student.parallel={expert: 2}",
+        "teacher.parallel={expert: 2}",
+        "rollout.engine=tests.pretended_gpu.drawn:DrawnEngine",
+    ),
     "virtual_pipeline": (
         "student.model=FOLDER/experts",
         "student.parallel={pipeline: 2, virtual_pipeline: 2}",
@@ -60,7 +65,9 @@ def metrics(tmp_path_factory: pytest.TempPathFactory) -> dict[str, list[dict[str
     shutil.copy(folder / "tokenizer.model", make("qwen3_moe", folder / "experts", vocab_size=61))
     cases = [Case(name, (*GPU, *overrides)) for name, overrides in RUNS.items()]
     cases.append(Case("resumed", (*GPU, "checkpoint.every=1", "train.steps=2"), resumes=("saved", 1)))
-    run_distributed(2, run_on_pretended_gpus, folder, cases, fresh=True, start="spawn")
+    ended = run_distributed(2, run_on_pretended_gpus, folder, cases, fresh=True, start="spawn")
+    refused = {case.name: outcome.error for rank in ended for case, outcome in zip(cases, rank) if outcome.error}
+    assert not refused, "by the config"
     lines = {case.name: (folder / case.name / "metrics.jsonl").read_text().splitlines() for case in cases}
     return {name: [json.loads(line) for line in own] for name, own in lines.items()}
 
