@@ -124,7 +124,7 @@ def _need_tokenizer(doctor: Doctor) -> Tokenizer:
 def _prompts(doctor: Doctor) -> str:
     tokenizer = _need_tokenizer(doctor)
     data, rewarded = doctor.config.data, doctor.config.prune.after_drift == "grpo"
-    prompts = load_prompts(data, tokenizer, rewarded, data.verifier, doctor.config.teacher)
+    prompts = load_prompts(data, tokenizer, rewarded or None, data.verifier, doctor.config.teacher)
     needed = doctor.config.train.prompts_per_step
     if len(prompts) < needed:
         raise Problem(
@@ -224,7 +224,7 @@ def sample_responses(
     config: Config, engine: RolloutEngine, tokenizer: Tokenizer, prompts: int, tokens: int
 ) -> list[Rollout]:
     """Answers of at most `tokens` tokens to the first `prompts` prompts of the data, sampled as the config says."""
-    chosen = load_prompts(config.data, tokenizer, teacher=config.teacher).prompts[
+    chosen = load_prompts(config.data, tokenizer, None, teacher=config.teacher).prompts[
         : min(prompts, config.train.prompts_per_step)
     ]
     sampling = Sampling(

@@ -32,7 +32,7 @@ def convert(
     name: str = "",
     drop_duplicates: bool = False,
     overwrite: bool = False,
-    need_answer: bool = True,
+    need_answer: bool | None = True,
 ) -> tuple[int, int, tuple[str, ...]]:
     """Writes the rows of a Parquet or JSONL file as {"prompt", "answer", "source"[, "metadata"]} lines.
 
@@ -87,7 +87,7 @@ def _line(row: Row, values: dict[str, Any]) -> str:
 
 
 def validate(
-    path: str | Path, prompt_key: str = "prompt", answer_key: str = "answer", need_answers: bool = True
+    path: str | Path, prompt_key: str = "prompt", answer_key: str = "answer", need_answers: bool | None = True
 ) -> Report:
     """Checks every line of a prompts file; each finding names the line, the key and the problem."""
     report = Report()
@@ -174,7 +174,7 @@ def _convert_command(options: argparse.Namespace) -> int:
         options.name,
         options.drop_duplicates,
         options.overwrite,
-        not options.no_answers,
+        None if options.no_answers else True,
     )
     for note in notes:
         print(note)
@@ -184,7 +184,7 @@ def _convert_command(options: argparse.Namespace) -> int:
 
 
 def _validate_command(options: argparse.Namespace) -> int:
-    report = validate(options.file, options.prompt_key, options.answer_key, not options.no_answers)
+    report = validate(options.file, options.prompt_key, options.answer_key, None if options.no_answers else True)
     for kind, findings, stream in (
         ("warning", report.warnings, sys.stdout),
         ("problem", report.problems, sys.stderr),

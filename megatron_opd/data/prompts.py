@@ -69,7 +69,7 @@ class PromptSet:
 def load_prompts(
     data: DataConfig,
     tokenizer: Tokenizer,
-    need_answers: bool = False,
+    need_answers: bool | None = False,
     verifier: str = "",
     teacher: TeacherConfig | None = None,
 ) -> PromptSet:
@@ -77,7 +77,8 @@ def load_prompts(
 
     Args:
         teacher: has prompts of its own where `teacher.system` or `teacher.context_key` says so.
-        need_answers: refuse a prompt without a reference answer; `verifier` is what needs it.
+        need_answers: refuse prompts without a reference answer, which `verifier` needs; False: only where others have
+            one; None: never, nothing looks at them.
 
     Raises:
         DataError: names the file, the line, the key and the problem; also where no prompt is left.

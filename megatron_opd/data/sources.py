@@ -78,16 +78,22 @@ class RowReader:
     """Prompt, answer and source of a file's rows. Its columns are settled on the way: the configured one, else that of
     the public data sets which the first row that has any of them has.
 
-    An answer is missing where its column is, and where that holds null, NaN, "" or lists of nothing; an answer that is
-    missing or no text or number is refused with the row's place where one is needed, and counted where none is.
+    An answer is missing where its column is, and where that holds null, NaN, "" or lists of nothing. What is there must
+    be text or a number.
     """
 
-    def __init__(self, prompt: str, answer: str, source: str, need_answer: bool, verifier: str = "") -> None:
-        """verifier: that judges the responses; "" where it is not known."""
+    def __init__(
+        self, prompt: str, answer: str, source: str, need_answer: bool | None = False, verifier: str = ""
+    ) -> None:
+        """
+        need_answer: True: a row without an answer is refused. False: all rows have one or none has, else the first row
+        without one is refused. None: answers do not matter, missing ones are counted.
+        verifier: that judges the responses; "" where it is not known.
+        """
         self.prompt_key, self.answer_key, self.source_key = prompt, answer, source
         self.need_answer, self.verifier = need_answer, verifier
         self.rows = self.answered = self.unanswered = 0
-        self._first_unanswered = ""
+        self._first_unanswered: DataError | None = None
         self._notes: list[str] = []
         self._columns: dict[str, str] = {}
 
@@ -100,18 +106,24 @@ class RowReader:
         return prompt_of(row, key)
 
     def answer(self, row: Row) -> str | None:
-        """The row's reference answer as text, None where it has none. Raises DataError where one is needed."""
+        """The row's reference answer as text, None where it has none. Raises DataError, also for an earlier row."""
         key = self._column("answer", row, self.answer_key, ANSWER_COLUMNS) or self.answer_key
-        try:
+        if not is_missing(lookup(row.values, key)):
             answer = answer_of(row, key)
-        except DataError:
-            if self.need_answer and not self._judged_by_its_entry(row):
-                raise
+            self.answered += 1
+            self._refuse_mixture()
+            return answer
+        if not self._judged_by_its_entry(row):
+            self._first_unanswered = self._first_unanswered or missing_key(row, key)
+            if self.need_answer:
+                raise self._first_unanswered
             self.unanswered += 1
-            self._first_unanswered = self._first_unanswered or row.place
-            return None
-        self.answered += 1
-        return answer
+            self._refuse_mixture()
+        return None
+
+    def _refuse_mixture(self) -> None:
+        if self.need_answer is False and self.answered and self._first_unanswered:
+            raise DataError(f"{self._first_unanswered}; other rows have one: give each an answer, or none")
 
     def source(self, row: Row) -> str:
         """The name of the data set that the row comes from, "" where it has none."""
@@ -131,7 +143,7 @@ class RowReader:
             notes.append(f"answer_key: {self.answer_key} is not in the file or empty, its prompts have no answers")
         elif self.unanswered:
             count = self.unanswered + self.answered
-            notes.append(f"{self.unanswered} of {count} rows have no usable answer, first {self._first_unanswered}")
+            notes.append(f"{self.unanswered} of {count} rows have no answer; the first, {self._first_unanswered}")
         return notes
 
     def _column(self, role: str, row: Row, configured: str, known: tuple[str, ...]) -> str | None:

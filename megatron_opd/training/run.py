@@ -81,7 +81,7 @@ class Run:
         self.tokenizer, notes = load_tokenizers(config)
         self.rewards: PastDriftRewards | None = None
         rewarded = config.prune.after_drift == "grpo"
-        prompts = load_prompts(config.data, self.tokenizer, rewarded, config.data.verifier, config.teacher)
+        prompts = load_prompts(config.data, self.tokenizer, rewarded or None, config.data.verifier, config.teacher)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)
         if rewarded:
             self.rewards = PastDriftRewards(config, self.tokenizer, self.say)

@@ -131,7 +131,7 @@ def test_missing_answers_are_refused_by_line_or_kept_on_request(tmp_path, capsys
         assert main(command) == 1
         assert "line 1: key 'answer' is" in capsys.readouterr().err
         assert main([*command, "--no-answers"]) == 0
-        assert f"2 of 3 rows have no usable answer, first {path}: line 1" in capsys.readouterr().out
+        assert f"2 of 3 rows have no answer; the first, {path}: line 1" in capsys.readouterr().out
     assert lines(out) == [{"prompt": "1", "source": ""}, {"prompt": "2", "source": ""}] + [
         {"prompt": "3", "answer": "3", "source": ""}
     ]

@@ -102,7 +102,7 @@ def test_chat_prompts_take_system_suffix_and_thinking(write, hf):
 
 def test_plain_prompts_take_the_suffix(write, sp):
     path = write({"prompt": "1+2?"}, DAPO)
-    assert [p.text for p in load_prompts(plain(path, suffix="!"), sp).prompts] == ["1+2?!", "What is 1+2?!"]
+    assert [p.text for p in load_prompts(plain(path, suffix="!"), sp, None).prompts] == ["1+2?!", "What is 1+2?!"]
 
 
 def test_long_prompts_are_left_out_and_counted(write, sp):
@@ -276,13 +276,16 @@ def test_a_missing_answer_in_any_disguise(own_rows, sp, kind, place):
     if kind in DISGUISES:
         given[place]["answer"] = DISGUISES[kind]
     source = own_rows(*given)
-    found = load_prompts(plain(source), sp)
+    found = load_prompts(plain(source), sp, need_answers=None)
     assert [p.answer for p in found.prompts] == [None if i == place else str(i) for i in range(3)]
-    assert f"1 of 3 rows have no usable answer, first {source}: item {place + 1}" in found.summary()
-    with pytest.raises(
-        DataError, match=f"item {place + 1}: key 'answer' is (missing|null|NaN|empty|a list of nothing)"
-    ):
-        load_prompts(plain(source), sp, need_answers=True)
+    assert f"1 of 3 rows have no answer; the first, {source}: item {place + 1}: key 'answer' is" in found.summary()
+    for need in (True, False):  # the other rows have one
+        with pytest.raises(
+            DataError, match=f"item {place + 1}: key 'answer' is (missing|null|NaN|empty|a list of noth)"
+        ):
+            load_prompts(plain(source), sp, need_answers=need)
+    nowhere = own_rows(*({**given[place], "prompt": row["prompt"]} for row in given))
+    assert [p.answer for p in load_prompts(plain(nowhere), sp).prompts] == [None] * 3
 
 
 @pytest.mark.parametrize("name", ["p.jsonl", "p.parquet"])
@@ -291,7 +294,7 @@ def test_files_treat_missing_answers_alike(write, sp, name, value):
     kind = float if isinstance(value, float) else str
     given = [{"problem": "a", "Answer": value}, *({"problem": f"q{i}", "Answer": kind(i)} for i in (1, 2))]
     path = write(*given, name=name)
-    found = load_prompts(plain(path), sp)
+    found = load_prompts(plain(path), sp, need_answers=None)
     assert [p.answer for p in found.prompts] == [None, "1", "2"]
     assert "took Answer" in found.summary() and "1 of 3 rows" in found.summary()
     with pytest.raises(DataError, match="(line|row) 1: key 'answer' is missing; its keys are problem, Answer"):
@@ -314,10 +317,12 @@ def test_answers_of_other_types(own_rows, sp):
     assert [p.answer for p in load_prompts(plain(source), sp, need_answers=True).prompts] == [
         *("5", "2", "0.5", "x", "3", "2.50", "7")
     ]
-    several = own_rows({"prompt": "1", "answer": ["1", "2"]}, {"prompt": np.array([{"role": "user", "content": "a"}])})
-    assert [p.answer for p in load_prompts(plain(several), sp).prompts] == [None, None]
-    with pytest.raises(DataError, match="item 1: key 'answer' must be text or a number, found a list"):
-        load_prompts(plain(several), sp, need_answers=True)
+    several = own_rows({"prompt": "1", "answer": ["1", "2"]})
+    for need in (True, False, None):  # it holds something, and that is wrong
+        with pytest.raises(DataError, match="item 1: key 'answer' must be text or a number, found a list"):
+            load_prompts(plain(several), sp, need_answers=need)
+    (chat,) = load_prompts(plain(own_rows({"prompt": np.array([{"role": "user", "content": "a"}])})), sp).prompts
+    assert (chat.text, chat.answer) == ("a", None)
 
 
 def test_problems_without_reference_answers_need_the_verifier_that_reads_their_entries(sp):
