@@ -82,6 +82,7 @@ class TeacherScores:
     read: int | None = None  # response tokens that it has read, also those that were cut off since; None: M
     # [T, hidden size] in the teacher's precision: what its output layer reads; with score.payload: hidden. 0 behind M.
     hidden: Tensor | None = None
+    stop_logprobs: Tensor | None = None  # [M] float32, of all the teacher's terminators together; with loss.stop: event
 
 
 @dataclass

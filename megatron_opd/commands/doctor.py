@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from statistics import mean
 
 import psutil
 import torch
@@ -27,12 +28,15 @@ from megatron_opd.rollout.factory import hf_stream, make_engine
 from megatron_opd.rollout.reference import largest_difference
 from megatron_opd.runtime.ending import ending
 from megatron_opd.scoring.separate import score_rollouts
+from megatron_opd.scoring.stop_event import student_stop_logprob
 from megatron_opd.training.run import check_vocabularies, load_tokenizers
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
-from megatron_opd.types import Rollout
+from megatron_opd.training.stop import StopPlan, resolve_stop
+from megatron_opd.types import END_EOS, Rollout, TeacherScores
 from megatron_opd.weights.converted import is_converted
 
 GIB = 1 << 30
+STOP_GAP = 5.0  # nats by which a stop may be punished: e^5 times less likely to the teacher
 OPTIMIZER_BYTES = 16  # per parameter: fp32 main copy, two Adam moments, fp32 gradient
 
 
@@ -85,6 +89,7 @@ def diagnose(config: Config) -> int:
         if doctor.tokenizer:
             doctor.check("student as its own teacher", lambda: _self_distillation(doctor))
             doctor.check("drift of the first batch", lambda: _first_batch(doctor))
+            doctor.check("stops of the first batch", lambda: _stops(doctor))
     doctor.check("disk", lambda: disk(config, doctor.trainer))
     return doctor.failures
 
@@ -278,6 +283,47 @@ def _first_batch(doctor: Doctor) -> str:
     if spent > 4 * prune.budget.maximum:
         return f"{text}; pruning will hardly ever act: raise prune.threshold or prune.w_drop, or use preset: off"
     return text
+
+
+def _stops(doctor: Doctor) -> str:
+    """What both models give the student's sampled stops: as tokens, and as events."""
+    config, trainer = doctor.config, doctor.trainer
+    assert trainer is not None
+    plan = resolve_stop(config, _need_tokenizer(doctor))
+    rollouts = [r for r in _sample_batch(doctor) if r.end_reason == END_EOS]
+    text = f"{len(rollouts)} of {len(_sample_batch(doctor))} responses stopped"
+    text = f"{text}; {plan.note}" if plan.note else text
+    if not rollouts:
+        return text
+    teacher = trainer.teacher
+    teacher.terminators = tuple(sorted(plan.teacher))
+    try:
+        tokens = config.train.tokens_per_microbatch
+        scores = score_rollouts(teacher, rollouts, TopKOverlap(config.prune), tokens)
+    finally:
+        teacher.terminators = ()
+    return stop_report(rollouts, scores, plan, text)
+
+
+def stop_report(rollouts: list[Rollout], scores: list[TeacherScores], plan: StopPlan, text: str) -> str:
+    """The student's and the teacher's mean log-probs at these stops, and what they will do. Raises Problem where the
+    loss will unlearn to stop."""
+    ends = [s.stop_logprobs for s in scores if s.stop_logprobs is not None]
+    p = [float(r.logprobs[-1]) for r in rollouts], [student_stop_logprob(r, plan.student) for r in rollouts]
+    q = [float(s.sampled_logprobs[-1]) for s in scores], [float(end[-1]) for end in ends]
+    gaps = [mean(theirs) - mean(ours) for theirs, ours in zip(q, p, strict=True)]
+    text += (
+        f"; mean log-prob at the stop, student and teacher: token {mean(p[0]):.2f}, {mean(q[0]):.2f}, "
+        f"event {mean(p[1]):.2f}, {mean(q[1]):.2f}"
+    )
+    if gaps[plan.event] >= -STOP_GAP:
+        return f"{text}; stopping is pushed by {gaps[plan.event]:+.2f} nats"
+    if not plan.event and gaps[1] >= -STOP_GAP:
+        raise Problem(
+            f"{text}; every stop will be punished by {-gaps[0]:.1f} nats until responses run into their budget: set "
+            "loss.stop: event (with score.mode: separate)"
+        )
+    return f"{text}; the teacher would go on here, and the student will learn longer responses"
 
 
 def disk(config: Config, trainer: Trainer | None) -> str:

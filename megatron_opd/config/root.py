@@ -133,6 +133,8 @@ class Config(Section):
                 problems.append("score.mode: fused needs student.precision and teacher.precision to be equal")
             if self.teacher.offload:
                 problems.append("score.mode: fused needs the teacher beside the student; set teacher.offload: false")
+            if self.loss.stop == "event":
+                problems.append("loss.stop: event needs the scores before training; set score.mode: separate")
             if self.prune.in_flight:
                 problems.append("score.mode: fused scores after generation; it excludes prune.in_flight: true")
             if self.prune.cut != "none":

@@ -25,6 +25,10 @@ class LossConfig(Section):
     kernels: Literal["auto", "torch", "triton"] = "auto"
     """What works on logits. auto: Triton on a GPU, torch on the CPU. torch: torch everywhere. triton: Triton
     everywhere; on the CPU that is its interpreter, TRITON_INTERPRET=1, for tests."""
+    stop: Literal["auto", "token", "event"] = "auto"
+    """What a stop is to the loss. token: a token as any other. event: the mass of all tokens that end a response, each
+    model's own, for models that stop on different ones. auto: event where they do and `score.mode` is separate; the
+    choice is printed, and `megatron-opd doctor` measures both."""
     fused_head: bool = False
     """Student's output layer and loss in one, in chunks of `chunk_tokens`, so that a row's logits are never whole: the
     memory of long rows. For topk_reverse_kl, sampled_reverse_kl and a LogprobLoss of your own with score.mode:

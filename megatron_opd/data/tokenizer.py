@@ -45,6 +45,11 @@ class Tokenizer(ABC):
     def decode(self, ids: list[int], keep: str = "") -> str:
         """The text of the ids, without control pieces such as EOS, apart from those that occur in `keep`."""
 
+    @property
+    def terminators(self) -> frozenset[int]:
+        """Every id with which the model may end a response: `eos_ids`, and what its chat template ends a turn with."""
+        return self.eos_ids
+
     @abstractmethod
     def pieces(self) -> list[str]:
         """The piece of each id, [vocab_size]; "" where an id has none."""
@@ -118,6 +123,18 @@ class HuggingFaceTokenizer(Tokenizer):
         for piece, i in self.hf.get_vocab().items():
             found[i] = piece
         return found
+
+    @property
+    def terminators(self) -> frozenset[int]:
+        said = "Yes."
+        try:
+            text = self.hf.apply_chat_template(
+                [{"role": "user", "content": "Is it?"}, {"role": "assistant", "content": said}], tokenize=False
+            )
+        except Exception:  # no template, or one for other messages
+            return self.eos_ids
+        end = self.encode(text.rpartition(said)[2].lstrip()) if said in text else []
+        return self.eos_ids | {i for i in end[:1] if i in self._special}
 
     def _encoding_rules(self) -> str:
         backend = getattr(self.hf, "backend_tokenizer", None)

@@ -33,6 +33,7 @@ class Model:
     padded_vocab_size: int
     device: torch.device
     transformer_engine: bool
+    terminators: tuple[int, ...] = ()  # a teacher's, whose joint log-prob is part of its scores (loss.stop: event)
     offload: bool = False  # parameters live in host memory outside `resident`
 
     @contextmanager

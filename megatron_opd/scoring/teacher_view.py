@@ -16,6 +16,7 @@ from megatron_opd.rollout.base import Segment
 from megatron_opd.types import Rollout, TeacherScores
 
 HIDDEN = "hidden"  # name of the states among the fields of a view, with score.payload: hidden
+STOP = "stop_logprobs"  # of the teacher's terminators together, where they are known
 _SIGNAL = "signal."  # before the names of the signal's own columns, among the other fields of a view
 
 
@@ -47,14 +48,20 @@ def teacher_view(logits: Tensor, asked: Candidates, signal: DriftSignal, teacher
         logits: [R, vocab / tp], the teacher's shard.
 
     Returns:
-        logprobs [R, K] and sampled_logprobs [R] float32 over the full vocabulary, and the signal's own columns; see
+        logprobs [R, K] and sampled_logprobs [R] float32 over the full vocabulary, STOP [R] where the teacher's
+        terminators are known, and the signal's own columns; see
         `columns_of`. Raises ValueError where a column of the signal has another length or one of these names.
     """
     shard = teacher.vocab_shard
-    values = vocab_parallel_logprobs(logits, torch.cat([asked.ids, asked.sampled[:, None]], 1), shard)
-    logprobs, sampled = values[:, :-1], values[:, -1]
+    stops = torch.tensor(teacher.terminators, dtype=torch.int64, device=asked.ids.device)
+    ids = torch.cat([asked.ids, asked.sampled[:, None], stops.expand(len(asked.sampled), -1)], 1)
+    k = asked.ids.shape[1]
+    values = vocab_parallel_logprobs(logits, ids, shard)
+    logprobs, sampled = values[:, :k], values[:, k]
     reading = TeacherReading(logits, asked.ids, asked.logprobs, asked.sampled, logprobs, sampled, shard)
     fields = {"logprobs": logprobs, "sampled_logprobs": sampled}
+    if len(stops):
+        fields[STOP] = values[:, k + 1 :].logsumexp(1)
     for name, column in signal.measure(reading).items():
         if name in fields:
             raise ValueError(f"{type(signal).__name__}.measure: {name} is taken by the teacher's log-probs; rename it")
@@ -87,4 +94,6 @@ def to_scores(fields: Fields, rollout: Rollout) -> TeacherScores:
     hidden = fields.get(HIDDEN)
     if hidden is not None and measured < len(rollout):
         hidden = torch.nn.functional.pad(hidden, (0, 0, 0, len(rollout) - measured))
-    return TeacherScores(logprobs, sampled, own_columns(fields), measured, hidden=hidden)
+    return TeacherScores(
+        logprobs, sampled, own_columns(fields), measured, hidden=hidden, stop_logprobs=fields.get(STOP)
+    )

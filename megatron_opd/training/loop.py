@@ -9,6 +9,7 @@ from megatron_opd.errors import RepeatingError
 from megatron_opd.runtime.ending import ending
 from megatron_opd.runtime.guard import Requeue
 from megatron_opd.scoring.prune_weights import assign_prune_weights
+from megatron_opd.scoring.stop_event import weigh_stops
 from megatron_opd.training.clock import PhaseClock
 from megatron_opd.training.metrics import batch_metrics
 from megatron_opd.training.run import Run
@@ -79,6 +80,8 @@ def step(run: Run) -> dict[str, Any]:
             run.token_weighting.apply_to(batch)
         if run.rewards is not None:
             rewards = run.rewards.add_to(batch, requests)
+        if run.stop.event:
+            weigh_stops(batch, run.stop.student)
     with clock.phase("train"):
         result = run.training_step(batch)
     budget = run.move_budget(batch.effective_length)

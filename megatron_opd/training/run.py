@@ -31,6 +31,7 @@ from megatron_opd.training.progress import StepProgress
 from megatron_opd.training.rewards import PastDriftRewards
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
+from megatron_opd.training.stop import resolve_stop
 from megatron_opd.types import ScoredBatch
 from megatron_opd.weights.fingerprint import parameters_fingerprint
 
@@ -87,7 +88,10 @@ class Run:
             self.rewards = PastDriftRewards(config, self.tokenizer, self.say)
             self.rewards.check(prompts.prompts)
         self.loader = PromptLoader(prompts, config.train.seed, config.data.shuffle)
+        self.stop = resolve_stop(config, self.tokenizer)
+        notes += [self.stop.note] if self.stop.note else []
         self.trainer: Trainer = build_trainer(config, self.device)
+        self.trainer.teacher.terminators = tuple(sorted(self.stop.teacher)) if self.stop.event else ()
         student = self.trainer.student
         notes += check_vocabularies(self.trainer, self.tokenizer, config)
         self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
