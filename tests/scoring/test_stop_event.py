@@ -12,13 +12,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_opd.commands.doctor import Problem, stop_report
 from megatron_opd.config import ConfigError, PruneConfig, parse_config
 from megatron_opd.data.tokenizer import load_tokenizer
 from megatron_opd.kernels import VocabShard
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.scoring.stop_event import student_stop_logprob, weigh_stops
 from megatron_opd.scoring.teacher_view import Candidates, teacher_view, to_scores
-from megatron_opd.training.stop import resolve_stop
+from megatron_opd.training.stop import StopPlan, resolve_stop
 from megatron_opd.types import Prompt, Rollout, ScoredBatch, TeacherScores
 from tests.data.make_tokenizers import make_hugging_face, make_sentencepiece
 from tests.distributed import run_distributed
@@ -145,6 +146,16 @@ def test_terminators_and_the_choice(tmp_path: Path) -> None:
         plan(base, instruct, stop="event", mode="fused")
 
 
+IN_FLIGHT = ("prune.preset=in_flight", "prune.w_drop=0.01", "prune.segment=3", "prune.budget.minimum=8")
+WAYS = {
+    "separate": (),
+    "fused head": ("loss.fused_head=true", "loss.chunk_tokens=16"),
+    "in flight": IN_FLIGHT,
+    "until spent": (*IN_FLIGHT, "prune.in_flight=false"),
+    "hidden": ("score.payload=hidden", "loss.kind=full_reverse_kl"),
+}
+
+
 def teach(folder: Path, terminator: int) -> None:
     """Teaches a tiny model to say three or four tokens and to end with this one."""
     torch.manual_seed(terminator)
@@ -182,6 +193,7 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind, lr in kinds
         for stop in ("token", "auto")
     ]
+    cases += [Case(name, ("train.steps=2", "loss.stop=event", *own)) for name, own in WAYS.items()]
     for outcomes in run_distributed(2, run_cases, run.folder, cases):
         assert [o.error for o in outcomes] == [""] * len(cases)
     return run.folder
@@ -196,3 +208,25 @@ def test_a_pair_with_two_terminators_goes_on_stopping(pair: Path, kind: str) -> 
     token, event = truncated("token"), truncated("auto")
     assert token[0] == event[0] < 0.3
     assert sum(token[-10:]) / 10 > 0.9 and sum(event[-10:]) / 10 < 0.2, (token, event)
+
+
+def test_every_way_of_scoring_takes_the_event(pair: Path) -> None:
+    """None of these responses drifts far enough to be cut: all ways train on the same."""
+    first = {}
+    for name in WAYS:
+        lines = [json.loads(line) for line in (pair / name / "metrics.jsonl").read_text().splitlines()]
+        assert len(lines) == 2 and lines[0]["ended"]["eos"] == 16 and math.isfinite(lines[1]["loss"])
+        first[name] = lines[0]
+    assert first["fused head"]["loss"] == pytest.approx(first["separate"]["loss"], rel=1e-4)
+    assert first["fused head"]["grad_norm"] == pytest.approx(first["separate"]["grad_norm"], rel=1e-4)
+    assert first["until spent"]["loss"] == pytest.approx(first["in flight"]["loss"], rel=1e-4)
+
+
+def test_the_doctor_says_what_a_stop_is_worth() -> None:
+    token = StopPlan(False, frozenset({STUDENTS}), frozenset({TEACHERS}), "loss.stop: token")
+    with pytest.raises(Problem, match="every stop will be punished by 25.3 nats until responses run into their budget"):
+        stop_report([rollout()], [scores()], token, "1 of 1 responses stopped")
+    event = replace(token, event=True)
+    said = stop_report([rollout()], [scores()], event, "1 of 1 responses stopped")
+    assert "token -0.02, -25.33, event -0.02, -0.05; stopping is pushed by -0.03 nats" in said
+    assert "the teacher would go on here" in stop_report([rollout()], [scores(-9.0)], event, "")
