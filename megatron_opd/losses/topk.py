@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -33,8 +34,12 @@ def check_k(k: int, shard: VocabShard) -> None:
 
 def _used_columns(shard: VocabShard, k: int, device: torch.device) -> Tensor:
     """Columns of a flattened [tp, k] buffer that are in use; every rank knows how many real ids the others hold."""
-    used = [r * k + i for r in range(shard.world) for i in range(min(k, shard.real_columns(r)))]
-    return torch.tensor(used, device=device)
+    return _columns(tuple(min(k, shard.real_columns(r)) for r in range(shard.world)), k, device)
+
+
+@lru_cache(maxsize=64)  # else a copy that a GPU waits for, at each token of a response
+def _columns(counts: tuple[int, ...], k: int, device: torch.device) -> Tensor:
+    return torch.tensor([r * k + i for r, count in enumerate(counts) for i in range(count)], device=device)
 
 
 @torch.no_grad()
@@ -62,8 +67,8 @@ def share_topk(models: Sequence[Tensor], k: int, shard: VocabShard) -> list[Loca
     threshold = values.topk(k, dim=-1, sorted=True).values[..., -1:]
     ties_left = k - (values > threshold).sum(-1)
     own = buffer[:, :, shard.rank, :width]
-    lower = values[..., used < shard.rank * k]
-    ties_left = ties_left - (lower == threshold).sum(-1)
+    lower = (values == threshold) & (used < shard.rank * k)  # a mask as an index would make the host wait
+    ties_left = ties_left - lower.sum(-1)
     ties = torch.minimum((own == threshold).sum(-1), ties_left.clamp_(min=0))
     count = (own > threshold).sum(-1) + ties
     return [LocalTop(ids[:, m], buffer[:, m], count[:, m], invalid[:, m]) for m in range(len(models))]

@@ -60,9 +60,10 @@ class CachedForward:
         row = prefill_row(lengths, starts, places, self.cache, self.model.device, self._padding(tokens))
         return self._forward(tokens, row, rows)
 
-    def decode(self, tokens: Tensor, cached_length: Tensor) -> Tensor | None:
-        """Runs one token [B] for each sequence at places 0..B-1, whose lengths [B] count it -> [B, vocab / tp]."""
-        return self._forward(tokens, decode_row(cached_length, self.cache, self._padding(tokens)), None)
+    def decode(self, tokens: Tensor, cached_length: Tensor, longest: int) -> Tensor | None:
+        """Runs one token [B] for each sequence at places 0..B-1, whose lengths [B], at most `longest`, count it ->
+        [B, vocab / tp]."""
+        return self._forward(tokens, decode_row(cached_length, longest, self.cache, self._padding(tokens)), None)
 
     def _padding(self, tokens: Tensor) -> int:
         return -tokens.numel() % token_block(self.model.config)

@@ -25,6 +25,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
 from megatron_opd.parallel.context import held_chunks, held_positions, row_order
+from megatron_opd.parallel.staging import to_device
 
 _MASKED_QUERIES = 512  # queries behind earlier keys need a mask: for so many of them at a time
 
@@ -86,14 +87,13 @@ class PackedRow(PackedSeqParams):
     def in_order(self, parts: Tensor) -> Tensor:
         """All ranks' parts [T, ...], one behind the other, in the order of the row."""
         if self._order is None:
-            self._order = row_order(self.lengths, self.context[1]).to(parts.device)
+            (self._order,) = to_device([row_order(self.lengths, self.context[1])], parts.device)
         return parts[self._order]
 
     def keep_mask(self) -> Tensor:
         if self._keep is None:
             assert self.cached_length is not None
-            longest = int(self.cached_length.max())
-            positions = torch.arange(longest, device=self.cached_length.device)
+            positions = torch.arange(self.max_seqlen_kv, device=self.cached_length.device)
             self._keep = (positions[None] < self.cached_length[:, None])[:, None, None]
         return self._keep
 
@@ -109,13 +109,15 @@ def pack_row(lengths: list[int], device: torch.device, thd: bool, context: tuple
     ends = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
     positions = torch.cat([torch.arange(n) for n in lengths])
     held = held_positions(lengths, *context) if context[1] > 1 else None
+    positions = positions if held is None else positions[held]
+    ends, positions = to_device([ends, positions], device)
     return PackedRow(
         qkv_format="thd" if thd else "sbhd",
-        cu_seqlens_q=ends.to(device),
-        cu_seqlens_kv=ends.to(device),
+        cu_seqlens_q=ends,
+        cu_seqlens_kv=ends,
         max_seqlen_q=max(lengths),
         max_seqlen_kv=max(lengths),
-        positions=(positions if held is None else positions[held]).to(device),
+        positions=positions,
         lengths=lengths,
         context=context,
         _held=held,
@@ -142,9 +144,9 @@ def prefill_row(
     )
 
 
-def decode_row(cached_length: Tensor, cache: KVCache, padding: int = 0) -> PackedRow:
-    """One new token for each of the sequences at places 0..B-1; `cached_length` [B] counts it."""
-    longest = int(cached_length.max())
+def decode_row(cached_length: Tensor, longest: int, cache: KVCache, padding: int = 0) -> PackedRow:
+    """One new token for each of the sequences at places 0..B-1; `cached_length` [B] counts it, `longest` is its
+    maximum, which the host knows without asking the device."""
     cache.reserve(longest)
     return PackedRow(
         qkv_format="sbhd",

@@ -18,6 +18,7 @@ from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.exchange import Fields, share_responses
 from megatron_opd.parallel.packing import plan_microbatches
 from megatron_opd.parallel.schedule import run_schedule
+from megatron_opd.parallel.staging import to_device, to_host
 from megatron_opd.prune.signals import DriftSignal
 from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.scoring.base import Clock, Scoring
@@ -96,7 +97,7 @@ def read_rollouts(
             number = next(iterator)
             members = [rollouts[i] for i in mine[number]]
             packed, tokens = planned[number]
-            fed = packed.take(_inputs(members, packed, tokens)).to(model.device)
+            (fed,) = to_device([packed.take(_inputs(members, packed, tokens))], model.device)
             logits = run_chunk(chunk, fed, packed)
 
             def collected_of(output: Tensor, non_loss_data: bool) -> list[Fields]:
@@ -150,7 +151,6 @@ def _view_of_responses(
     states [T / cp, hidden size] behind them."""
     if not rollouts:
         return []
-    asked = Candidates.of(rollouts, logits.device)
     predicted = torch.full((sum(packed.lengths),), -1)  # which of the candidates each token of the row predicts
     start = number = 0
     for r, padded in zip(rollouts, packed.lengths):
@@ -160,13 +160,15 @@ def _view_of_responses(
     predicted = packed.take(predicted)
     tokens = (predicted >= 0).nonzero()[:, 0]
     predicted = predicted[tokens]
-    fields = _view_in_pieces(logits, tokens.to(logits.device), asked[predicted.to(logits.device)], view)
+    asked = Candidates.of(rollouts, torch.device("cpu"))[predicted]
+    places, *columns = to_device([tokens, asked.ids, asked.logprobs, asked.sampled], logits.device)
+    fields = _view_in_pieces(logits, places, Candidates(*columns), view)
     if hidden is not None:
-        fields[HIDDEN] = hidden[tokens.to(hidden.device)]
+        fields[HIDDEN] = hidden[places]
     ends = torch.tensor([len(r) for r in rollouts]).cumsum(0)
     held = torch.bucketize(predicted, ends, right=True).bincount(minlength=len(rollouts)).tolist()
-    split = {name: column.split(held) for name, column in fields.items()}
-    return [{name: parts[i].cpu() for name, parts in split.items()} for i in range(len(rollouts))]
+    split = {name: column.split(held) for name, column in zip(fields, to_host(list(fields.values())))}
+    return [{name: parts[i] for name, parts in split.items()} for i in range(len(rollouts))]
 
 
 def _view_in_pieces(logits: Tensor, tokens: Tensor, asked: Candidates, view: View) -> Fields:

@@ -12,6 +12,7 @@ from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.context import padded_length
 from megatron_opd.parallel.packing import plan_microbatches
+from megatron_opd.parallel.staging import to_device
 from megatron_opd.types import ScoredBatch
 
 
@@ -94,26 +95,37 @@ def build_microbatch(student: Model, batch: ScoredBatch, members: tuple[int, ...
             advantage[where] = batch.advantage[i][:kept]
         at += padded
 
-    def held(values: Tensor) -> Tensor:
-        return row.take(values).to(student.device)
-
-    sampled = held(sampled)
+    columns: dict[str, Tensor] = {
+        "tokens": tokens,
+        "ids": ids,
+        "teacher": teacher,
+        "sampled": sampled,
+        "teacher_sampled": teacher_sampled,
+        "weight": weight,
+        "logprobs": logprobs,
+        "predicts": predicts,
+    }
+    if hidden is not None:
+        columns["hidden"] = hidden
+    if batch.advantage is not None:
+        columns["advantage"] = advantage
+    held = dict(zip(columns, to_device([row.take(column) for column in columns.values()], student.device)))
     targets = DistillTargets(
-        student_ids=held(ids),
-        teacher_logprobs=held(teacher),
-        sampled_ids=sampled,
-        teacher_sampled_logprobs=held(teacher_sampled),
-        teacher_hidden=None if hidden is None else held(hidden),
+        student_ids=held["ids"],
+        teacher_logprobs=held["teacher"],
+        sampled_ids=held["sampled"],
+        teacher_sampled_logprobs=held["teacher_sampled"],
+        teacher_hidden=held.get("hidden"),
     )
     return MicroBatch(
-        held(tokens),
+        held["tokens"],
         row,
         targets,
-        sampled,
-        held(weight),
-        held(logprobs),
-        held(predicts),
-        held(advantage) if batch.advantage is not None else None,
+        held["sampled"],
+        held["weight"],
+        held["logprobs"],
+        held["predicts"],
+        held.get("advantage"),
         lengths,
         spans,
     )

@@ -6,6 +6,8 @@ messages go through gloo, and refuse what NCCL would: tensors of two devices, an
 
 from __future__ import annotations
 
+import importlib
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -27,6 +29,8 @@ _COLLECTIVES = (
 @contextmanager
 def pretended_gpus() -> Iterator[None]:
     """Inside, torch finds eight H100s; the patches stay afterwards, without effect on CPU tensors."""
+    os.environ["TORCHDYNAMO_DISABLE"] = "1"
+    importlib.import_module("torch._dynamo")  # makes tables of torch's functions, before they are replaced here
     _patch_cuda()
     _patch_tensors()
     _patch_collectives()

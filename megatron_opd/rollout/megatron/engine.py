@@ -113,6 +113,7 @@ class _Batch:
         self.who = torch.empty(0, dtype=torch.int64, device=device)  # [B] local request of each place
         self.last = torch.empty(0, dtype=torch.int64, device=device)  # [B] newest token, not yet cached
         self.made = torch.empty(0, dtype=torch.int64, device=device)  # [B] response tokens so far
+        self.lengths: list[int] = []  # [B] tokens of each place's prompt and response, known without asking the device
         self.state = torch.zeros(len(requests), dtype=torch.int64, device=device)
         self.sampled = 0  # tokens, so far
         self.records: list[tuple[Tensor, Sampled]] = []  # since the last `collect`
@@ -131,7 +132,7 @@ class _Batch:
     def stop(self, local: set[int]) -> None:
         """Drops running answers."""
         if local:
-            self._drop(torch.isin(self.who, torch.tensor(sorted(local), device=self.who.device)))
+            self._drop(torch.isin(self.who, torch.tensor(sorted(local), device=self.who.device)).tolist())
 
     def collect(self) -> list[tuple[int, Fields]]:
         """New tokens of every answer that has any, since the last call; empty where results are not owned."""
@@ -155,7 +156,7 @@ class _Batch:
 
     def _decode(self) -> None:
         cached = self.prompts[self.who] + self.made
-        self._take(self.forward.decode(self.last, cached), self.who, self.made)
+        self._take(self.forward.decode(self.last, cached, max(self.lengths)), self.who, self.made)
 
     def _admit(self) -> None:
         """Prefills waiting prompts into free places."""
@@ -175,6 +176,7 @@ class _Batch:
         self.who = torch.cat([self.who, who])
         self.last = torch.cat([self.last, zeros])
         self.made = torch.cat([self.made, zeros])
+        self.lengths += lengths
         self._take(logits, who, zeros, first=places[0])
 
     def _take(self, logits: Tensor | None, who: Tensor, position: Tensor, first: int = 0) -> None:
@@ -190,20 +192,18 @@ class _Batch:
             dist.broadcast(tokens, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
         self.last[first:] = tokens
         self.made[first:] += 1
+        self.lengths[first:] = [length + 1 for length in self.lengths[first:]]
         ended = torch.isin(tokens, self.eos)
         full = self.made[first:] >= self.sampling.max_tokens
         self.state[who] = torch.where(ended, _EOS, torch.where(full, _LENGTH, _RUNNING))
-        gone = torch.zeros_like(self.who, dtype=torch.bool)
-        gone[first:] = ended | full
-        self._drop(gone)
+        self._drop([False] * first + (ended | full).tolist())  # the one time in a step that the host waits
 
-    def _drop(self, gone: Tensor) -> None:
+    def _drop(self, gone: list[bool]) -> None:
         """Frees places; the last ones move into the holes, so that running answers stay in front."""
-        if not bool(gone.any()):
+        if not any(gone):
             return
-        order = list(range(gone.numel()))
-        lengths = (self.prompts[self.who] + self.made).tolist()
-        holes = gone.nonzero()[:, 0].tolist()
+        order = list(range(len(gone)))
+        holes = [slot for slot, dropped in enumerate(gone) if dropped]
         gone_set = set(holes)
         for hole in holes:
             while order and order[-1] in gone_set and len(order) - 1 >= hole:
@@ -211,7 +211,8 @@ class _Batch:
             if hole >= len(order):
                 break
             mover = order.pop()
-            self.forward.cache.move(mover, hole, lengths[mover])
+            self.forward.cache.move(mover, hole, self.lengths[mover])
             order[hole] = mover
         keep = torch.tensor(order, dtype=torch.int64, device=self.who.device)
         self.who, self.last, self.made = self.who[keep], self.last[keep], self.made[keep]
+        self.lengths = [self.lengths[slot] for slot in order]

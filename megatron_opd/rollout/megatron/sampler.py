@@ -101,14 +101,11 @@ def sample(
         ends = masses.cumsum(0)
         target = uniform(sampling.seed, index, position) * ends[-1]
         owner = (ends <= target).sum(0).clamp(max=size - 1)
-        rows = (owner == rank).nonzero()[:, 0]
-        found = torch.zeros(len(x), 2, dtype=torch.float64, device=x.device)
-        if len(rows):
-            before = ends[rank, rows] - masses[rank, rows]
-            scale = ((peaks[rank, rows] - top[rows]) / temperature).exp()
-            local = _invert(((wide[rows] - peak[rows]) / temperature).exp(), (target[rows] - before) / scale)
-            found[rows, 0] = (local + offset).double()
-            found[rows, 1] = wide[rows, local]
+        # Every rank looks in its shard for every row: to pick the rows that are its own the host would have to wait.
+        scale = ((peaks[rank] - top) / temperature).exp()
+        local = _invert(((wide - peak) / temperature).exp(), (target - (ends[rank] - masses[rank])) / scale)
+        both = torch.stack([(local + offset).double(), wide.gather(1, local[:, None])[:, 0]], 1)
+        found = torch.where((owner == rank)[:, None], both, 0.0)
         if size > 1:
             dist.all_reduce(found, group=group)
         tokens, chosen = found[:, 0].long(), found[:, 1] - lse
