@@ -33,7 +33,7 @@ from megatron_opd.weights.converted import (
 )
 from megatron_opd.weights.export import planned_tensors, save_hf
 from megatron_opd.weights.families import own_family
-from megatron_opd.weights.hf_files import EMBEDDING, HEAD, HFTensors, ModelFileError, parse_size
+from megatron_opd.weights.hf_files import HEAD, HFTensors, ModelFileError, parse_size
 from megatron_opd.weights.loading import check_names, load_hf
 from megatron_opd.weights.parameters import hf_names
 
@@ -143,7 +143,7 @@ def plan_import(files: HFTensors, dtype: str | None, tied: bool) -> tuple[str, d
     """The precision to keep a model in, and what an export needs to know to give back the same tensors.
 
     Without `dtype`: bf16 if all tensors are bf16, else fp32, which holds bf16 and fp16 exactly; `dtypes` then names the
-    tensors to write in another one. Raises ModelFileError: an unreadable dtype, a tied output layer that differs.
+    tensors to write in another one. Raises ModelFileError: an unreadable dtype.
     """
     found = {}
     for name, info in files.tensors.items():
@@ -159,24 +159,7 @@ def plan_import(files: HFTensors, dtype: str | None, tied: bool) -> tuple[str, d
         say(f"note: --dtype bf16 rounds {rounded} of {len(found)} tensors; an export will not give them back")
     if tied and HEAD in found:
         notes["tied_copy"] = True
-        if is_rank_0():
-            check_tied(files)
     return precision, notes
-
-
-def check_tied(files: HFTensors) -> None:
-    """Raises ModelFileError where a stored output layer is not the embedding that the config says it is."""
-    shape = files.tensors[EMBEDDING].shape
-    step = max(1, (16 << 20) // (shape[1] * 4))
-    equal = files.tensors[HEAD].shape == shape and all(
-        torch.equal(files.read(HEAD, rows), files.read(EMBEDDING, rows))
-        for rows in ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
-    )
-    if not equal:
-        raise ModelFileError(
-            f"{files.tensors[HEAD].file}: {HEAD} differs from {EMBEDDING}, although config.json ties them; set "
-            "tie_word_embeddings to false there if the model has an output layer of its own"
-        )
 
 
 def check_space(out: Path, needed: int) -> None:

@@ -25,6 +25,7 @@ from megatron_opd.prune import drift_events
 from megatron_opd.prune.signals import TopKOverlap
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.rollout.factory import hf_stream, make_engine
+from megatron_opd.rollout.limits import check_lengths
 from megatron_opd.rollout.reference import largest_difference
 from megatron_opd.runtime.ending import ending
 from megatron_opd.scoring.separate import score_rollouts
@@ -74,6 +75,7 @@ def diagnose(config: Config) -> int:
     doctor.check("processes", lambda: _processes(config, device))
     doctor.check("tokenizers", lambda: _tokenizers(doctor))
     doctor.check("prompts", lambda: _prompts(doctor))
+    doctor.check("lengths", lambda: _lengths(doctor))
     doctor.check("answers", lambda: _answers(doctor))
     if device:
         doctor.check("models and layouts", lambda: _models(doctor, device[0]))
@@ -136,6 +138,16 @@ def _prompts(doctor: Doctor) -> str:
             f"{len(prompts)} prompts are fewer than train.prompts_per_step: {needed}; lower it or add prompts"
         )
     return prompts.summary()
+
+
+def _lengths(doctor: Doctor) -> str:
+    """Prompts and responses fit both models and the engine."""
+    tokenizer, config = _need_tokenizer(doctor), doctor.config
+    prompts = load_prompts(config.data, tokenizer, teacher=config.teacher)
+    sets = [(s.name, s.max_tokens, load_eval_prompts(s, config.data, tokenizer)) for s in config.eval.sets]
+    check_lengths(config, prompts, sets)
+    longest = prompts.longest + config.prune.budget.maximum
+    return f"longest prompt {prompts.longest} tokens, with the longest response {longest}: both models reach so far"
 
 
 def _answers(doctor: Doctor) -> str:

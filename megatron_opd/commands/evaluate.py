@@ -17,6 +17,7 @@ from megatron_opd.evaluation.run import evaluate, load_eval_sets
 from megatron_opd.models.build import build_model, check_layout
 from megatron_opd.parallel.groups import student_layout
 from megatron_opd.rollout.factory import hf_stream, make_engine
+from megatron_opd.rollout.limits import check_lengths
 from megatron_opd.runtime.ending import ending
 from megatron_opd.training.setup import init_distributed
 from megatron_opd.weights.fingerprint import parameters_fingerprint
@@ -39,6 +40,11 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> None:
     device = init_distributed(config)
     tokenizer = load_tokenizer(config.data.tokenizer or directory)
     sets = load_eval_sets(config.eval, config.data, tokenizer)
+    check_lengths(
+        config.model_copy(update={"student": model_config}),
+        None,
+        [(s.config.name, s.config.max_tokens, s.prompts) for s in sets],
+    )
     student = build_model("student", model_config, student_layout(config.student.parallel), device)
     check_model_vocabulary(tokenizer, student.vocab_size, directory)
     engine = make_engine(config.model_copy(update={"student": model_config}), student, set(tokenizer.eos_ids))

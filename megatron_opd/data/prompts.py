@@ -50,6 +50,16 @@ class PromptSet:
         return len(self.prompts)
 
     @cached_property
+    def longest(self) -> int:
+        """Tokens of the longest prompt."""
+        return max((len(p.tokens) for p in self.prompts), default=0)
+
+    @cached_property
+    def longest_of_teacher(self) -> int:
+        """Tokens of the longest prompt as the teacher reads it."""
+        return max((len(p.teacher_tokens) for p in self.prompts), default=0)
+
+    @cached_property
     def fingerprint(self) -> str:
         """A hash of the prompts as the models see them and of their answers, in order."""
         digest = hashlib.sha256()

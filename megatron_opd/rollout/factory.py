@@ -10,12 +10,8 @@ from megatron_opd.config import Config, ConfigError
 from megatron_opd.models.model import Model
 from megatron_opd.plugins import ENGINES, bind_part, build_part
 from megatron_opd.rollout.base import EngineSetup, RolloutEngine
+from megatron_opd.rollout.limits import longest_sequence
 from megatron_opd.weights.export import export_parameters
-
-
-def longest_sequence(config: Config) -> int:
-    """Tokens of the longest prompt and response that this config can reach, in training or evaluation."""
-    return config.data.max_prompt_tokens + max([config.prune.budget.maximum, *(s.max_tokens for s in config.eval.sets)])
 
 
 def hf_stream(student: Model, config: Config) -> Iterator[tuple[str, Tensor]]:

@@ -21,6 +21,7 @@ from megatron_opd.prune.signals import make_signal
 from megatron_opd.prune.token_weighting import make_token_weighting
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
 from megatron_opd.rollout.factory import check_engine, hf_stream, make_engine
+from megatron_opd.rollout.limits import check_lengths
 from megatron_opd.runtime.guard import Guard
 from megatron_opd.scoring.factory import make_scoring
 from megatron_opd.training.bad_steps import dump_bad_step
@@ -84,6 +85,7 @@ class Run:
         rewarded = config.prune.after_drift == "grpo"
         prompts = load_prompts(config.data, self.tokenizer, rewarded or None, config.data.verifier, config.teacher)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)
+        check_lengths(config, prompts, [(s.config.name, s.config.max_tokens, s.prompts) for s in self.eval_sets])
         if rewarded:
             self.rewards = PastDriftRewards(config, self.tokenizer, self.say)
             self.rewards.check(prompts.prompts)

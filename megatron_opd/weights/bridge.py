@@ -64,12 +64,11 @@ class ModelBridge:
     @property
     def gpt_arguments(self) -> dict[str, Any]:
         """Keyword arguments of GPTModel that follow from the Hugging Face configuration, but for its vocabulary."""
-        parameters = _rope_parameters(self.hf_config)
+        parameters = rope_parameters(self.hf_config)
         return {
             "max_sequence_length": self.hf_config.max_position_embeddings,
             "position_embedding_type": "rope",
             "rotary_base": parameters["rope_theta"],
-            "rotary_percent": parameters.get("partial_rotary_factor", 1.0),
             "share_embeddings_and_output_weights": self.tied,
         }
 
@@ -121,6 +120,8 @@ def read_hf_config(hf_dir: str | Path, family: Family | None = None) -> Pretrain
     path = Path(hf_dir, "config.json")
     try:
         raw = json.loads(path.read_text())
+        if not isinstance(raw, dict):
+            raise ValueError("not an object")
     except OSError as error:
         raise ModelFileError(f"{path}: {error.strerror}; a model directory needs a config.json") from error
     except ValueError as error:
@@ -140,6 +141,7 @@ def read_hf_config(hf_dir: str | Path, family: Family | None = None) -> Pretrain
     except Exception as error:  # transformers raises whatever its validators raise
         raise ModelFileError(f"{path}: {error}") from error
     _refuse_variants(path, hf_config, family.only if family else {})
+    _refuse_rope(path, raw, hf_config)
     if getattr(hf_config, "head_dim", None) is None:
         hf_config.head_dim = hf_config.hidden_size // hf_config.num_attention_heads
     return hf_config
@@ -154,15 +156,40 @@ def _refuse_variants(path: Path, hf_config: PretrainedConfig, only: Mapping[str,
         "mlp_bias": (getattr(hf_config, "mlp_bias", False) or False, False),
         "mlp_only_layers": (getattr(hf_config, "mlp_only_layers", None) or [], []),
         "decoder_sparse_step": (getattr(hf_config, "decoder_sparse_step", 1), 1),
+        "layer_types": (sorted(set(getattr(hf_config, "layer_types", None) or []) - {"full_attention"}), []),
         **{key: (getattr(hf_config, key, value), value) for key, value in only.items()},
     }
     for key, (value, wanted) in unsupported.items():
         if value != wanted:
             family = hf_config.model_type
             raise ModelFileError(f"{path}: {key}: {value!r} is not supported for {family}, only {wanted!r}")
+    if getattr(hf_config, "num_experts_per_tok", None) == 1 and getattr(hf_config, "norm_topk_prob", False):
+        # whose weight is then 1, whatever the router says; Megatron-Core's would be its probability
+        raise ModelFileError(
+            f"{path}: num_experts_per_tok: 1 is not supported with norm_topk_prob: true, only with false"
+        )
 
 
-def _rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
+def _refuse_rope(path: Path, raw: dict[str, Any], hf_config: PretrainedConfig) -> None:
+    """Rotary settings that the implementations read differently.
+
+    `partial_rotary_factor`: transformers 5 rotates every dimension in the built-in families, or fails where the rope
+    is scaled; transformers 4, vLLM and Megatron-Core rotate a part.
+    """
+    settings = [raw, *(raw.get(key) or {} for key in ("rope_parameters", "rope_scaling")), rope_parameters(hf_config)]
+    for values in settings:
+        partial = values.get("partial_rotary_factor")
+        if partial is not None and partial != 1:
+            raise ModelFileError(
+                f"{path}: partial_rotary_factor: {partial!r} is not supported for {hf_config.model_type}, whose "
+                "implementations disagree on it: transformers rotates all dimensions, others a part; only 1.0"
+            )
+        nested = [key for key, value in values.items() if values is not raw and isinstance(value, dict)]
+        if nested:
+            raise ModelFileError(f"{path}: rope parameters of their own for {', '.join(nested)} are not supported")
+
+
+def rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
     """transformers 5 keeps everything about rope in `rope_parameters`; 4 has `rope_theta` and `rope_scaling`."""
     parameters = dict(getattr(hf_config, "rope_parameters", None) or getattr(hf_config, "rope_scaling", None) or {})
     parameters.setdefault("rope_theta", getattr(hf_config, "rope_theta", 10000.0))
@@ -172,16 +199,12 @@ def _rope_parameters(hf_config: PretrainedConfig) -> dict[str, Any]:
 
 def _rope(hf_config: PretrainedConfig) -> tuple[Tensor, float]:
     """Frequencies [rotary dimensions / 2] and the factor on cos and sin, as transformers computes them."""
-    parameters = _rope_parameters(hf_config)
+    parameters = rope_parameters(hf_config)
     kind = parameters["rope_type"]
     if kind not in _ROPE_TYPES:
         raise ModelFileError(f"config.json: rope type {kind!r} is not supported; supported: {', '.join(_ROPE_TYPES)}")
-    partial = parameters.get("partial_rotary_factor", 1.0)
     if kind == "default":
-        dim = int(hf_config.head_dim * partial)
-        exponents = torch.arange(0, dim, 2, dtype=torch.int64).float() / dim
+        exponents = torch.arange(0, hf_config.head_dim, 2, dtype=torch.int64).float() / hf_config.head_dim
         return 1.0 / (parameters["rope_theta"] ** exponents), 1.0
     frequencies, factor = ROPE_INIT_FUNCTIONS[kind](hf_config, torch.device("cpu"))
-    if partial != 1.0 and factor != 1.0:
-        raise ModelFileError(f"config.json: rope type {kind!r} with partial_rotary_factor {partial} is not supported")
     return frequencies.float(), float(factor)

@@ -22,6 +22,7 @@ from megatron_opd.errors import InputError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 INDEX = "model.safetensors.index.json"
+_WHOLE = "model.safetensors"
 DTYPES = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
 # What travels with the parameters: tokenizer, chat template, generation settings, licence and model card.
@@ -56,19 +57,17 @@ class HFTensors:
     """The tensors of one directory. Opening reads and checks the headers of all files, and no tensor."""
 
     def __init__(self, directory: str | Path, allow_pickle: bool = False):
-        """Raises ModelFileError: no parameter files, pickled ones without `allow_pickle`, or broken ones."""
+        """Raises ModelFileError: no parameter files, pickled ones without `allow_pickle`, broken ones, or both a whole
+        file and shards."""
         self.directory = Path(directory)
         self.tensors: dict[str, TensorInfo] = {}
         self._open: dict[Path, BinaryIO] = {}
         if not self.directory.is_dir():
             raise ModelFileError(f"{directory}: no such directory")
-        index = self.directory / INDEX
-        files = sorted(self.directory.glob("*.safetensors"))
-        if index.exists():
-            self._add_indexed(index, _header)
-        elif files:
-            for file in files:
-                self._add(file, _header(file))
+        chosen = self._as_transformers_chooses(_WHOLE, INDEX)
+        files = chosen or sorted(self.directory.glob("*.safetensors"))
+        if files:
+            self._add_files(files, _header)
         else:
             self._add_pickled(allow_pickle)
 
@@ -113,6 +112,31 @@ class HFTensors:
     def __exit__(self, *_: object) -> None:
         self.close()
 
+    def _as_transformers_chooses(self, whole: str, index: str) -> list[Path]:
+        """The whole file or the index of shards, whichever transformers would read; nothing where there is neither.
+
+        It takes the whole file without a look at the index, which its `save_pretrained` leaves behind when a sharded
+        model is saved again as one file. The other way round, whole and then sharded, the whole file stays and is the
+        older one, so both together are refused.
+        """
+        one, listed = self.directory / whole, self.directory / index
+        if not one.exists():
+            return [listed] if listed.exists() else []
+        others = sorted(set(_read_index(listed).values()) - {whole}) if listed.exists() else []
+        if others and all((self.directory / name).exists() for name in others):
+            raise ModelFileError(
+                f"{self.directory}: has both {whole} and the {len(others)} shards of {index}; one of them is stale "
+                f"(transformers would read {whole}): remove it"
+            )
+        return [one]
+
+    def _add_files(self, files: list[Path], load: Callable[[Path], dict[str, TensorInfo]]) -> None:
+        for file in files:
+            if file.suffix == ".json":
+                self._add_indexed(file, load)
+            else:
+                self._add(file, load(file))
+
     def _add(self, file: Path, tensors: dict[str, TensorInfo]) -> None:
         for name, info in tensors.items():
             if name in self.tensors:
@@ -120,10 +144,7 @@ class HFTensors:
             self.tensors[name] = info
 
     def _add_indexed(self, index: Path, load: Callable[[Path], dict[str, TensorInfo]]) -> None:
-        try:
-            placed: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            raise ModelFileError(f"{index}: not a readable index ({error!r})") from error
+        placed = _read_index(index)
         for file_name in sorted(set(placed.values())):
             file = self.directory / file_name
             if not file.exists():
@@ -144,12 +165,38 @@ class HFTensors:
                 f"{files[0]}: pickled parameters are refused: loading a pickle can run any code of its author; "
                 "convert it to safetensors or, if you trust it, pass --allow-pickle (config: allow_pickle: true)"
             )
-        index = self.directory / "pytorch_model.bin.index.json"
-        if index.exists():
-            self._add_indexed(index, _unpickle)
-        else:
-            for file in files:
-                self._add(file, _unpickle(file))
+        chosen = self._as_transformers_chooses("pytorch_model.bin", "pytorch_model.bin.index.json")
+        self._add_files(chosen or files, _unpickle)
+
+
+def check_tied(files: HFTensors) -> None:
+    """Raises ModelFileError where a stored output layer is not the embedding that config.json ties it to: transformers
+    would keep the stored one, Megatron-Core and vLLM would use the embedding."""
+    if HEAD not in files.tensors or EMBEDDING not in files.tensors:
+        return
+    shape = files.tensors[EMBEDDING].shape
+    step = max(1, (16 << 20) // (math.prod(shape[1:]) * 4))
+    equal = files.tensors[HEAD].shape == shape and all(
+        torch.equal(files.read(HEAD, part).float(), files.read(EMBEDDING, part).float())
+        for part in ((start, min(start + step, shape[0])) for start in range(0, shape[0], step))
+    )
+    if not equal:
+        raise ModelFileError(
+            f"{files.tensors[HEAD].file}: {HEAD} differs from {EMBEDDING}, although config.json ties them; set "
+            "tie_word_embeddings to false there if the model has an output layer of its own, or remove the tensor"
+        )
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    """Where an index places each tensor: the name of a file beside it. Raises ModelFileError."""
+    try:
+        files = dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ModelFileError(f"{index}: not a readable index ({error!r})") from error
+    for tensor, name in files.items():
+        if not isinstance(name, str) or Path(name).name != name:
+            raise ModelFileError(f"{index}: places tensor {tensor} in {name!r}, which is no file of this directory")
+    return files
 
 
 def _header(file: Path) -> dict[str, TensorInfo]:

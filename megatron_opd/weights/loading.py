@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from megatron_opd.models.model import Model
-from megatron_opd.parallel.collective import together
+from megatron_opd.parallel.collective import is_rank_0, together
 from megatron_opd.weights.bridge import ModelBridge
 from megatron_opd.weights.converted import is_converted, load_converted
-from megatron_opd.weights.hf_files import HEAD, HFTensors, ModelFileError
+from megatron_opd.weights.hf_files import HEAD, HFTensors, ModelFileError, check_tied
 from megatron_opd.weights.parameters import (
     COLUMNS,
     VOCAB,
@@ -50,12 +50,14 @@ def load_hf(
     model itself about two of its matrices are held at a time. `progress` is called with the bytes of each parameter as
     it is filled. Collective over the world.
 
-    Raises ModelFileError, naming file and tensor, on every rank: a missing or extra tensor (a tied output layer and
-    rope buffers may be there), a wrong shape or dtype, a broken file.
+    Raises ModelFileError, naming file and tensor, on every rank: a missing or extra tensor (rope buffers
+    and an equal copy of a tied output layer may be there), a wrong shape or dtype, a broken file.
     """
     names = hf_names(model)
     with together(), HFTensors(directory, allow_pickle) as files:
         check_names(files, names, model.bridge)
+        if model.bridge.tied and is_rank_0():
+            check_tied(files)
         for parameter, tensor in local_parameters(model):
             target = writable(parameter, tensor)
             _load(parameter, target, files, model)

@@ -37,6 +37,7 @@ from megatron_opd.rollout.vllm.common import (
     RolloutError,
     agreeing_probe,
     check_requests,
+    refusal,
     request_seed,
     sampling_arguments,
 )
@@ -51,7 +52,7 @@ class VllmColocateEngine(RolloutEngine):
 
     `model_dir` needs the model's config alone. `eos_ids` end an answer and belong to it. `max_model_len` is the longest
     prompt plus response, unless `config.vllm.max_model_len` gives one. Raises ConfigError where `config.vllm.tensor`
-    does not divide the number of ranks.
+    does not divide the number of ranks, or where vLLM refuses what the config asks for.
     """
 
     def __init__(
@@ -177,8 +178,12 @@ class VllmColocateEngine(RolloutEngine):
             # vLLM 0.32 winds a seeded generator back where it splits a prompt, which a CPU's generator cannot
             arguments |= dict(kv_cache_memory_bytes=config.vllm.cpu_cache_mb << 20, enable_chunked_prefill=False)
         # A name of this run's own, for the CPU build's shared memory.
-        with nullcontext() if gpu else vllm.named_launch(from_rank_0(uuid.uuid4().hex, self.group)):
-            llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        name = nullcontext() if gpu else vllm.named_launch(from_rank_0(uuid.uuid4().hex, self.group))
+        try:
+            with name:
+                llm = LLMEngine.from_engine_args(EngineArgs(**arguments))
+        except ValueError as error:
+            raise ConfigError(f"rollout: vLLM refuses {model_dir} with these keys: {refusal(error)}") from error
         vllm.keep_process_groups(llm)
         return llm
 

@@ -24,6 +24,12 @@ CONTROL_TIMEOUT = timedelta(days=1)  # of groups in which ranks wait for a whole
 END_REASONS = {"stop": END_EOS, "length": END_LENGTH}
 
 
+def refusal(error: ValueError) -> str:
+    """What vLLM says against its arguments, without the frame that pydantic puts around it."""
+    lines = [line for line in str(error).splitlines() if "validation error" not in line and "pydantic.dev" not in line]
+    return " ".join(" ".join(lines).split("[type=")[0].split())
+
+
 def request_seed(seed: int, index: int, position: int = 0) -> int:
     """The sampler's seed of one answer: the same on every layout, engine and order of completion."""
     digest = hashlib.blake2b(f"{seed}:{index}:{position}".encode(), digest_size=8).digest()

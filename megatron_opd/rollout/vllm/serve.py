@@ -112,7 +112,12 @@ def main() -> None:
     from megatron_opd.compat.vllm import serve
 
     sys.argv[1:] = command
-    serve()
+    try:
+        serve()
+    except ValueError as error:  # pydantic's are, too
+        from megatron_opd.rollout.vllm.common import refusal
+
+        sys.exit(f"vllm_serve: vLLM refuses {args.model} with these options: {refusal(error)}")
 
 
 if __name__ == "__main__":

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import subprocess
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -100,6 +102,15 @@ def gaps(rank: int, world_size: int, root: Path) -> dict[str, list[float]]:
         found[family].append(float((wanted[0] - wanted[1]).abs().max()))
         engine.close()
     return found
+
+
+def test_what_vllm_refuses_is_one_message(root):
+    """A server that is asked for more positions than its model has."""
+    command = [sys.executable, "-m", "megatron_opd.rollout.vllm.serve", "--model", str(root / "qwen2" / "0")]
+    command += ["--port", "1", "--max-model-len", "257", "--precision", "fp32"]
+    ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **UNCOMPILED}, timeout=400)
+    assert ended.returncode == 1 and "Traceback" not in ended.stderr
+    assert "max_model_len (257) is greater than" in ended.stderr.splitlines()[-1]
 
 
 @pytest.fixture(scope="module")
