@@ -34,8 +34,8 @@ class Family:
     fields: Callable[[PretrainedConfig], dict[str, Any]] = _no_fields
     """Fields of Megatron-Core's TransformerConfig that follow from the model's configuration."""
     only: Mapping[str, Any] = field(default_factory=dict)
-    """Keys of config.json with the one value that is supported: what would be computed wrongly is refused. They win over
-    what holds for the built-in families (hidden_act: silu, attention_bias: false, ...)."""
+    """Keys of config.json with the one value that is supported: what would be computed wrongly is refused. They win
+    over what holds for the built-in families (hidden_act: silu, attention_bias: false, ...)."""
 
 
 FAMILIES = {
