@@ -184,7 +184,7 @@ finish() {
     rm -f "$state"
     stop 0 "done"
   fi
-  for code in 2 3; do
+  for code in 2 3 4; do  # megatron_opd/runtime/launch.py: FINAL_EXIT_CODES
     if [[ " $codes " == *" $code "* ]]; then explain; stop "$code" "stopped: running again would end the same way"; fi
   done
   if [[ $NOTICE == USR2 ]]; then

@@ -97,6 +97,10 @@ class TrainConfig(Section):
     """Steps in a row with NaN or infinite loss or gradients after which the run stops; each such step is skipped."""
     spike_factor: float | None = Field(default=None, gt=1)
     """Skip a step whose gradient norm exceeds this multiple of the running median; null for never."""
+    alarms: Literal["warn", "stop"] = "warn"
+    """What an alarm does (docs/alarms.md): a teacher that teaches nothing, an engine with old parameters, lengths,
+    entropy or repetition that run away. warn: it is said and stands in the metrics. stop: it ends the run, saved, with
+    exit code 4."""
     watchdog_s: Seconds = 1800.0
     """A step that takes longer writes every rank's stack to its log and ends the job. Outside steps, in an evaluation
     say, it is how long a rank waits for another one in a collective."""

@@ -14,7 +14,9 @@ from types import FrameType
 
 REQUEUE_EXIT_CODE = 75  # EX_TEMPFAIL: the run was asked to stop and has saved; start it again to go on
 WATCHDOG_EXIT_CODE = 76  # a step hung; start again to go on from the newest checkpoint
-FINAL_EXIT_CODES = (2, 3)  # what was given is wrong, or the same would happen again: starting again does not help
+ALARM_EXIT_CODE = 4  # train.alarms: stop has ended the run, which is saved; a person has to look at it
+# What was given is wrong, the same would happen again, an alarm: starting again does not help.
+FINAL_EXIT_CODES = (2, 3, ALARM_EXIT_CODE)
 FORWARDED = (signal.SIGTERM, signal.SIGUSR1)
 
 

@@ -53,12 +53,15 @@ def advance(run: Run) -> None:
     else:
         run.report(metrics)
     leave = run.guard.asked_to_leave()
-    run.checkpoints.after_step(run.step, run.state, wanted=saving, must=run.finished or bool(leave))
+    alarmed = run.alarms.stops and bool(run.alarms.on)
+    run.checkpoints.after_step(run.step, run.state, wanted=saving, must=run.finished or bool(leave) or alarmed)
     if run.totals.bad_in_a_row >= config.train.max_bad_steps:
         raise TrainingStopped(
             f"{run.totals.bad_in_a_row} steps in a row were not finite (train.max_bad_steps); the last: "
             f"{metrics['skipped']}"
         )
+    if not run.finished:
+        run.alarms.check(run.step)
     if leave and (run.unreported is not None or not run.finished):
         raise Requeue(f"{leave}: step {run.step} is finished and saved; start again to go on")
 
@@ -90,6 +93,7 @@ def step(run: Run) -> dict[str, Any]:
         gaps = run.hand_over()
     metrics = {"step": run.step} | clock.metrics() | batch_metrics(batch, run.engine.tokens_sampled) | budget | gaps
     metrics |= rewards | result.metrics()
+    metrics |= run.watch(batch, metrics)
     if not result.applied:
         run.keep_bad_step(result.reason, batch)
     return metrics | run.totals.add(metrics, result.applied)

@@ -52,20 +52,24 @@ class Sums(Generic[Number]):
     gap: Number  # |rollout - student| log-prob of the sampled tokens, nats
     gap_above: Number  # tokens whose gap is above rollout.gap_threshold
     gap_tokens: Number  # tokens whose gap was measured
+    mismatch: Number  # r - log r - 1, r = trainer's over sampler's probability: its mean estimates the samplers' KL
+    ratio: Number  # r
+    ratio_squared: Number  # r squared
     gap_max: Number  # the largest gap: a maximum, not a sum
 
 
 def over_ranks(parts: list[Sums[Tensor]], device: torch.device) -> Sums[float]:
     """The step's sums from the micro-batches of every rank that owns results; other ranks give none. Collective."""
-    summed = torch.zeros(4, dtype=torch.float64, device=device)
+    summed = torch.zeros(7, dtype=torch.float64, device=device)
     largest = torch.zeros(1, dtype=torch.float64, device=device)
     for part in parts:
-        summed += torch.stack([x.double() for x in (part.loss, part.gap, part.gap_above, part.gap_tokens)])
+        gaps = part.gap, part.gap_above, part.gap_tokens, part.mismatch, part.ratio, part.ratio_squared
+        summed += torch.stack([x.double() for x in (part.loss, *gaps)])
         largest = torch.maximum(largest, part.gap_max.double())
     dist.all_reduce(summed)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-    loss, gap, gap_above, gap_tokens = summed.tolist()
-    return Sums(loss, gap, gap_above, gap_tokens, gap_max=largest.item())
+    loss, gap, gap_above, gap_tokens, mismatch, ratio, ratio_squared = summed.tolist()
+    return Sums(loss, gap, gap_above, gap_tokens, mismatch, ratio, ratio_squared, largest.item())
 
 
 class Objective:
@@ -128,11 +132,17 @@ class Objective:
         loss = total / self.response_tokens
         value, none = loss.detach().clone(), torch.zeros((), dtype=torch.float64, device=loss.device)
         if own is None:
-            return loss, Sums(value, none, none, none, none)
-        gap = (own - micro.rollout_logprobs)[micro.predicts].abs()
+            return loss, Sums(value, *[none] * 7)
+        apart = (own - micro.rollout_logprobs)[micro.predicts]
+        gap = apart.abs()
         largest = gap.max() if gap.numel() else none
         above = (gap > self.gap_threshold).sum()
-        return loss, Sums(value, gap.sum(), above, none + gap.numel(), largest)
+        log_ratio = apart.double().clamp(-20, 20)
+        ratio = log_ratio.exp()
+        mismatch = (ratio - log_ratio - 1).sum()
+        return loss, Sums(
+            value, gap.sum(), above, none + gap.numel(), mismatch, ratio.sum(), (ratio * ratio).sum(), largest
+        )
 
     def _importance(self, own: Tensor, micro: MicroBatch, rows: slice) -> Tensor:
         """Truncated importance weights, trainer over sampler, of these tokens; 1 where no response token is

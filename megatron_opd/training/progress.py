@@ -38,6 +38,7 @@ class StepProgress:
             f"budget {values['budget']}",
             f"tokens {values['tokens_generated']}/{values['tokens_trained']}",
             f"{values['step_s']:.2f}s",
+            f"ALARM {', '.join(values['alarms'])}" if values.get("alarms") else "",
             values.get("warning", ""),
         ]
         line = "  ".join(p for p in parts if p)

@@ -24,6 +24,7 @@ from megatron_opd.rollout.factory import check_engine, hf_stream, make_engine
 from megatron_opd.rollout.limits import check_lengths
 from megatron_opd.runtime.guard import Guard
 from megatron_opd.scoring.factory import make_scoring
+from megatron_opd.training.alarms import AlarmWatch
 from megatron_opd.training.bad_steps import dump_bad_step
 from megatron_opd.training.metrics_log import MetricsLog, was_reported
 from megatron_opd.training.objective import build_loss
@@ -33,6 +34,7 @@ from megatron_opd.training.rewards import PastDriftRewards
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.training.stop import resolve_stop
+from megatron_opd.training.watched import watch_step
 from megatron_opd.types import ScoredBatch
 from megatron_opd.weights.fingerprint import parameters_fingerprint
 
@@ -103,6 +105,7 @@ class Run:
         self.totals = Totals()
         self.step = 0
         self.unreported: dict[str, Any] | None = None  # the last step's metrics while its evaluation is not done
+        self.alarms = AlarmWatch(config, self.say)
         self.checkpoints = Checkpointer(config, self.trainer, self.say)
         for note in [*notes, prompts.summary()]:
             self.say(note)
@@ -114,7 +117,7 @@ class Run:
         self.probe = None
         if config.rollout.engine != "megatron":
             self.probe = HandoverProbe(config, self.trainer, self.engine)
-        self.hand_over()
+        self.alarms.begin(self.hand_over())
 
     @property
     def finished(self) -> bool:
@@ -178,6 +181,11 @@ class Run:
         self.engine.update_parameters(lambda: hf_stream(self.trainer.student, self.config), self.step)
         return self.probe() if self.probe is not None else {}
 
+    def watch(self, batch: ScoredBatch, metrics: dict[str, Any]) -> dict[str, Any]:
+        """The alarms hear of the step that has these metrics; returns theirs."""
+        seen = watch_step(batch, metrics, self.trainer.student.vocab_size, self.stop)
+        return self.alarms.hear(self.step, seen)
+
     def evaluate(self) -> dict[str, float]:
         """Accuracy (avg@k) of each data set with the engine's parameters."""
         out = os.path.join(self.config.run_dir, "eval")
@@ -199,6 +207,7 @@ class Run:
             "totals": vars(self.totals).copy(),
             "norms": list(self.training_step.norms),
             "unreported": self.unreported,
+            "alarms": self.alarms.state_dict(),
         }
 
     def _resume(self) -> None:
@@ -212,6 +221,7 @@ class Run:
         self.loader.load_state_dict(state["loader"])
         self.totals = Totals(**state["totals"])
         self.training_step.norms = state["norms"]
+        self.alarms.load_state_dict(state.get("alarms", {}))  # checkpoints of version 0.1 have none
         # It may have been reported after the checkpoint was written. "owed" is its key in checkpoints of version 0.1.
         reported = on_rank_0(lambda: was_reported(self.config.run_dir, self.step))
         self.unreported = None if reported else state.get("unreported", state.get("owed"))

@@ -43,6 +43,9 @@ class StepResult:
     gap_mean: float | None  # |rollout - student| log-prob on sampled tokens, nats; None where not measured
     gap_max: float | None
     gap_count: int  # tokens above rollout.gap_threshold
+    mismatch: float | None  # KL of sampler to trainer, estimated on sampled tokens, nats
+    importance_mean: float | None  # mean of r, the trainer's over the sampler's probability of a sampled token
+    importance_ess: float | None  # (sum of r)^2 / (tokens x sum of r^2): 1 where all are alike
 
     def metrics(self) -> dict[str, Any]:
         numbers: dict[str, Any] = {
@@ -56,6 +59,9 @@ class StepResult:
                 "rollout_logprob_gap_mean": self.gap_mean,
                 "rollout_logprob_gap_max": self.gap_max,
                 "rollout_logprob_gap_count": self.gap_count,
+                "rollout_mismatch": self.mismatch,
+                "importance_mean": self.importance_mean,
+                "importance_ess": self.importance_ess,
             }
         return numbers if self.applied else numbers | {"skipped": self.reason}
 
@@ -98,6 +104,9 @@ class TrainingStep:
             gap_mean=sums.gap / sums.gap_tokens if measured else None,
             gap_max=sums.gap_max if measured else None,
             gap_count=int(sums.gap_above),
+            mismatch=sums.mismatch / sums.gap_tokens if measured else None,
+            importance_mean=sums.ratio / sums.gap_tokens if measured else None,
+            importance_ess=effective_share(sums) if measured else None,
         )
 
     def _forward_backward(self, batch: ScoredBatch) -> tuple[Sums[float], int]:
@@ -131,6 +140,11 @@ class TrainingStep:
         if factor and len(self.norms) >= 10 and norm > factor * median(self.norms):
             return f"gradient norm {norm:.4g} exceeds {factor} x the running median {median(self.norms):.4g}"
         return ""
+
+
+def effective_share(sums: Sums[float]) -> float:
+    """Effective sample size of the importance weights as a share of their number: 1 where all are alike."""
+    return sums.ratio**2 / (sums.gap_tokens * sums.ratio_squared)
 
 
 @dataclass(frozen=True)

@@ -29,7 +29,10 @@ EVALUATED = (
     "eval.sets=[{name: sums, prompts: FOLDER/prompts.jsonl, verifier: exact, max_tokens: 4, limit: 2}]",
 )
 SHORT: dict[str, Any] = {"train": {"steps": 2, "warmup_steps": 0}, "checkpoint": {"every": 0}, "prune": {"w_drop": 0.2}}
-ENGINES_OWN = ("rollout_logprob_gap_mean", "rollout_logprob_gap_max", "rollout_logprob_gap_count")
+ENGINES_OWN = (
+    *("rollout_logprob_gap_mean", "rollout_logprob_gap_max", "rollout_logprob_gap_count"),
+    *("rollout_mismatch", "importance_mean", "importance_ess"),
+)
 PROBED = ("sync_logprob_gap", "teacher_logprob_gap")
 
 

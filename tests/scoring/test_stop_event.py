@@ -210,6 +210,15 @@ def test_a_pair_with_two_terminators_goes_on_stopping(pair: Path, kind: str) -> 
     assert sum(token[-10:]) / 10 > 0.9 and sum(event[-10:]) / 10 < 0.2, (token, event)
 
 
+def test_alarms_tell_a_stop_that_is_unlearnt(pair: Path) -> None:
+    def alarms(run: str) -> list[list[str]]:
+        return [json.loads(line)["alarms"] for line in (pair / run / "metrics.jsonl").read_text().splitlines()]
+
+    token = alarms("token-topk_reverse_kl")
+    assert token[1] == [] and "stop_suppressed" in token[2] and {"stop_suppressed", "truncation"} <= set(token[-1])
+    assert alarms("auto-topk_reverse_kl") == [[]] * 40
+
+
 def test_every_way_of_scoring_takes_the_event(pair: Path) -> None:
     """None of these responses drifts far enough to be cut: all ways train on the same."""
     first = {}

@@ -8,7 +8,8 @@ import torch
 from megatron_opd.config import Config, ConfigError, parse_config
 from megatron_opd.losses import DistillTargets, VocabShard
 from megatron_opd.training.microbatch import MicroBatch
-from megatron_opd.training.objective import Objective, build_loss
+from megatron_opd.training.objective import Objective, Sums, build_loss
+from megatron_opd.training.step import effective_share
 
 TOKENS, HIDDEN, VOCAB, K, CLIP, THRESHOLD, RESPONSE_TOKENS = 14, 6, 23, 4, 1.2, 0.3, 17
 
@@ -66,7 +67,18 @@ def test_importance_weights_advantage_and_gap_are_those_of_the_formula(from_hidd
     gaps = [abs(float(a - b)) for a, b, p in zip(own.detach(), rollout, predicts) if p]
     assert float(sums.loss) == pytest.approx(float(value.detach()))
     assert float(sums.gap) == pytest.approx(sum(gaps)) and float(sums.gap_max) == pytest.approx(max(gaps))
+    ratios = torch.exp(own.detach() - rollout)[predicts].double()
+    assert float(sums.ratio) == pytest.approx(float(ratios.sum()))
+    assert float(sums.ratio_squared) == pytest.approx(float((ratios**2).sum()))
+    assert float(sums.mismatch) == pytest.approx(float((ratios - ratios.log() - 1).sum()))
     assert sums.gap_tokens == len(gaps) and int(sums.gap_above) == sum(gap > THRESHOLD for gap in gaps) > 0
+
+
+def test_the_share_of_samples_that_importance_weights_leave():
+    """methods.md, section 10: weights (1, 1, 1, 5)."""
+    none = 0.0
+    sums = Sums(none, none, none, gap_tokens=4, mismatch=none, ratio=8.0, ratio_squared=28.0, gap_max=none)
+    assert effective_share(sums) == pytest.approx(0.571, abs=1e-3)
 
 
 def test_a_loss_of_ones_own_is_checked_against_the_rest_of_the_config():
