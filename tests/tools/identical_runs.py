@@ -260,13 +260,13 @@ class Checkout:
     def _train(self, launch: Launch, *more: str) -> dict[str, Run]:
         run_dir = self.out / launch.name
         command = [sys.executable, "-m", "megatron_opd.cli", "compare", str(self.config), "--nproc", "2"]
-        command += [self._override(text) for text in (*launch.shared, *more)]
         if launch.engine == "vllm":  # a process holds one such engine, which `compare` therefore refuses
             ((case, own),) = launch.cases.items()
             command[3] = "train"
-            command += [f"run_dir={run_dir / case}", *(self._override(text) for text in own)]
+            last = {text.split("=")[0]: text for text in (*launch.shared, *more, *own)}  # a key may be given once
+            command += [f"run_dir={run_dir / case}", *map(self._override, last.values())]
         else:
-            command.append(f"run_dir={run_dir}")
+            command += [*map(self._override, (*launch.shared, *more)), f"run_dir={run_dir}"]
             for case, own in launch.cases.items():
                 command += ["--variant", case, *(self._override(text) for text in own)]
         log = self.out / f"{launch.name}.log"
