@@ -11,6 +11,7 @@ from torch import Tensor
 from megatron_opd.losses import vocab_parallel_logprobs
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import Fields
+from megatron_opd.parallel.staging import to_device
 from megatron_opd.prune.signals import DriftSignal, TeacherReading
 from megatron_opd.rollout.base import Segment
 from megatron_opd.types import Rollout, TeacherScores
@@ -53,14 +54,17 @@ def teacher_view(logits: Tensor, asked: Candidates, signal: DriftSignal, teacher
         `columns_of`. Raises ValueError where a column of the signal has another length or one of these names.
     """
     shard = teacher.vocab_shard
-    stops = torch.tensor(teacher.terminators, dtype=torch.int64, device=asked.ids.device)
-    ids = torch.cat([asked.ids, asked.sampled[:, None], stops.expand(len(asked.sampled), -1)], 1)
+    columns = [asked.ids, asked.sampled[:, None]]
+    if teacher.terminators:
+        stops = to_device([torch.tensor(teacher.terminators)], asked.ids.device)[0]
+        columns.append(stops.expand(len(asked.sampled), -1))
+    ids = torch.cat(columns, 1)
     k = asked.ids.shape[1]
     values = vocab_parallel_logprobs(logits, ids, shard)
     logprobs, sampled = values[:, :k], values[:, k]
     reading = TeacherReading(logits, asked.ids, asked.logprobs, asked.sampled, logprobs, sampled, shard)
     fields = {"logprobs": logprobs, "sampled_logprobs": sampled}
-    if len(stops):
+    if teacher.terminators:
         fields[STOP] = values[:, k + 1 :].logsumexp(1)
     for name, column in signal.measure(reading).items():
         if name in fields:

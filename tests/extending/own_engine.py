@@ -76,6 +76,7 @@ class TransformersEngine(RolloutEngine):
                         ends[request.index] = end
             for index in watch(segments) if watch else ():
                 ends.setdefault(index, END_DRIFT)  # what has ended by itself in this segment keeps its own reason
+        self.tokens_sampled = sum(len(part["tokens"]) for own in parts.values() for part in own)
         return [self._rollout(request, parts[request.index], ends[request.index]) for request in requests]
 
     def _extend(self, running: Running, sampling: Sampling, steps: int) -> tuple[dict[str, Tensor], str]:

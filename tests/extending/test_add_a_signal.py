@@ -139,7 +139,7 @@ def test_it_stops_the_responses_of_vllm(tmp_path):
         ("an option that it refuses", ("prune.signal", "ratio 2 must lie in (0, 1]")),
         ("an option of the package's", ("prune.signal_options", "overlap takes no options")),
         ("no signal", ("prune.signal", "NoSignalAtAll is no subclass of", "DriftSignal")),
-        ("no such module", ("prune.signal", "cannot import nowhere", "PYTHONPATH")),
+        ("no such module", ("prune.signal", "there is no module nowhere", "PYTHONPATH")),
     ],
 )
 def test_what_does_not_fit_ends_the_run_before_models_are_loaded(name, words, runs):

@@ -135,7 +135,7 @@ def test_its_option_reaches_it(runs):
         ("no such option", ("rollout.engine_options", "atention", "TransformersEngine takes attention")),
         ("an option that it refuses", ("rollout.engine", "attention flash must be eager or sdpa")),
         ("an option of the package's", ("rollout.engine_options", "megatron takes no options")),
-        ("no such module", ("rollout.engine", "cannot import nowhere", "PYTHONPATH")),
+        ("no such module", ("rollout.engine", "there is no module nowhere", "PYTHONPATH")),
         ("no engine", ("rollout.engine", "NoEngineAtAll is no subclass of", "RolloutEngine")),
         ("a method is missing", ("rollout.engine", "CannotProbe lacks probe")),
     ],

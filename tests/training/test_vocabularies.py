@@ -18,7 +18,7 @@ CASES = [
     Case("in_flight", ("prune.preset=in_flight",)),
     Case("wide_in_flight", ("prune.preset=in_flight", "teacher.model=FOLDER/wide_teacher")),
     Case("wide_student", ("student.model=FOLDER/wide_student",)),
-    Case("wide_student_vllm", ("student.model=FOLDER/wide_student", "rollout.engine=vllm")),
+    Case("wide_student_vllm", ("student.model=FOLDER/wide_student", "rollout.engine=vllm", "data.max_prompt_tokens=64")),
     Case("fused", ("teacher.model=FOLDER/wide_teacher", "score.mode=fused", *PARALLEL)),
     Case("narrow", ("teacher.model=FOLDER/narrow",)),
 ]

@@ -32,6 +32,11 @@ class BenchmarkError(RuntimeError):
     """A benchmark cannot run; the message says why and what would work."""
 
 
+def last_of_each(overrides: Sequence[str]) -> list[str]:
+    """`key=value` overrides without those whose key comes again later: a key may be given once."""
+    return list({text.partition("=")[0]: text for text in overrides}.values())
+
+
 class ProcessGroup:
     """`size` processes in one process group (gloo, or NCCL on GPUs). In each, `factory(rank, size, *arguments)` builds
     an object whose methods `call` runs on all ranks at once; between calls the processes sleep, so that several groups

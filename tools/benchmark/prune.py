@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmark.common import REPOSITORY, BenchmarkError, print_table, resolve_device, write_json
+from benchmark.common import REPOSITORY, BenchmarkError, last_of_each, print_table, resolve_device, write_json
 
 EXAMPLE = REPOSITORY / "examples" / "tiny"
 METHODS = {
@@ -68,7 +68,7 @@ def train(
 ) -> list[dict[str, Any]]:
     """All methods from one seed, in turns step by step; what finished before is only read."""
     run_dir = (options.out / f"{pair}-{seed}").resolve()
-    shared = [*SETTINGS, *options.overrides, f"train.seed={seed}"]
+    shared = last_of_each([*SETTINGS, *options.overrides, f"train.seed={seed}"])
     variants = []
     for method in options.methods:
         first = seed == 1 and method == options.methods[0]
