@@ -145,8 +145,8 @@ def _config_overrides(model: ModelConfig, dtype: torch.dtype, cpu: bool) -> dict
         "sequence_parallel": model.parallel.sequence,
         "variable_seq_lengths": True,
         "calculate_per_token_loss": True,  # our losses are already divided by the global token count
-        # With virtual stages a stage goes on while its output is being sent, and then frees it. NCCL keeps the memory until
-        # the send has ended; gloo reads it to the end and would send what has been written there since.
+        # With virtual stages a stage goes on while its output is being sent, and then frees it. NCCL keeps the memory
+        # until the send has ended; gloo reads it to the end and would send what has been written there since.
         "deallocate_pipeline_outputs": not (cpu and model.parallel.virtual_pipeline > 1),
         "use_cpu_initialization": cpu,
         "perform_initialization": False,  # the parameters are loaded

@@ -56,7 +56,7 @@ def freed_while_sent(rank: int, world: int, directory: str, layout: str) -> tupl
 
 @pytest.mark.parametrize("layout", ["pp2", "vpp2"])
 def test_what_a_stage_sends_stays_in_memory_until_it_is_sent(layout, tmp_path):
-    """gloo reads a tensor until the send has ended: with virtual stages one pass in twenty computed with other numbers."""
+    """gloo reads a tensor until it is sent: with virtual stages one pass in twenty computed with other numbers."""
     directory = str(make("qwen3", tmp_path / "qwen3"))
     for sends, moved in run_distributed(2, freed_while_sent, directory, layout, fresh=True):
         assert sends >= 4 and moved == []
