@@ -6,13 +6,13 @@ One table a run: mean, least, most and last of every number, and the share of th
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from pathlib import Path
 
 from benchmark.common import print_table
 
 from megatron_opd.training.clock import PHASE_KEYS
+from megatron_opd.training.metrics_log import read_steps
 
 
 def main() -> int:
@@ -23,7 +23,7 @@ def main() -> int:
         if not path.is_file():
             print(f"{path} does not exist: give a run_dir", file=sys.stderr)
             return 2
-        show(run, [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()])
+        show(run, read_steps(path))
     return 0
 
 

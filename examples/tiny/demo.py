@@ -22,6 +22,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+from megatron_opd.training.metrics_log import read_steps
+
 HERE = Path(__file__).resolve().parent
 PAIRS = ("drifting", "close")
 NAMES = {"off": "plain OPD", "paper": "Prune-OPD", "in_flight": "Prune-OPD in flight"}
@@ -72,10 +74,7 @@ def train(pair: str, presets: list[str], out: Path, overrides: list[str]) -> lis
     if code:
         sys.exit(f"demo: the {pair} pair ended with exit code {code}")
     before = next(iter(json.loads((run_dir / "off" / "eval" / "step0.json").read_text())["accuracy"].values()))
-    return [
-        Result(pair, p, [json.loads(x) for x in (run_dir / p / "metrics.jsonl").read_text().splitlines()], before)
-        for p in presets
-    ]
+    return [Result(pair, p, read_steps(run_dir / p / "metrics.jsonl"), before) for p in presets]
 
 
 def table(results: list[Result]) -> list[list[str]]:

@@ -5,7 +5,6 @@ What is missing fails: a run that ended early, a metric that it never wrote, an 
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_opd.config.loading import read_text
 from megatron_opd.config.reading import Reader
 from megatron_opd.errors import ConfigError, InputError
+from megatron_opd.training.metrics_log import FILE, read_steps
 
 
 class GateError(InputError):
@@ -126,15 +126,15 @@ def _number(value: Any) -> float | None:
 def gate_run(run_dir: str | Path, gate: str | Path) -> bool:
     """Prints every bound with the run's number; returns whether all hold. Raises GateError."""
     wanted = load_gate(gate)
-    path = Path(run_dir, "metrics.jsonl")
+    path = Path(run_dir, FILE)
     try:
-        lines = read_text(path, "metrics").splitlines()
-    except ConfigError as error:
-        raise GateError(f"{error}; give a run_dir") from error
+        steps = read_steps(path)
+    except OSError as error:
+        raise GateError(f"{path} cannot be read: {error.strerror}; give a run_dir") from error
     try:
-        findings = check(wanted, [json.loads(line) for line in lines])
-    except (ValueError, KeyError) as error:
-        raise GateError(f"{path} holds a line that is no step's: {error!r}") from error
+        findings = check(wanted, steps)
+    except (TypeError, KeyError) as error:
+        raise GateError(f"{path} holds a step without its number of seconds, step_s: {error!r}") from error
     width = max(len(f.name) for f in findings)
     for one in findings:
         value = "missing" if one.value is None else f"{one.value:.4g}"

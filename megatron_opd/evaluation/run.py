@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -66,6 +67,7 @@ def evaluate(
     step: int,
     is_writer: bool,
     parameters: str = "",
+    files_may_fail: bool = False,
 ) -> dict[str, Any]:
     """Evaluates the engine's current parameters on every set. Collective: all ranks call it with equal arguments.
 
@@ -73,12 +75,13 @@ def evaluate(
     `out_dir/stepSTEP.json`. Called again after an interruption it generates only what that file lacks. A response is
     taken from it where `parameters` (the fingerprint of the engine's), the prompt, the sample and the sampling settings
     are the same; what it was worth is judged anew, since a verifier or an answer may have been mended. Files of another
-    evaluation are kept beside those that take their names.
+    evaluation are kept beside those that take their names. With `files_may_fail` (while training, where the numbers go
+    to the metrics, too) the evaluation goes on without files that cannot be written, and a warning says so.
 
     Returns, on every rank: {"accuracy": {set: avg@k}, "sets": {set: see `metrics.summarize`, plus too_long and
     beyond_limit: prompts left out, replaced: responses of another evaluation that stood in the file, verdicts_changed:
     of responses that were taken from it}, "problems": {set: what went wrong with verifiers, with the answer's place},
-    "notes": {set: the same as sentences}}.
+    "notes": {set: the same as sentences}, "warnings": [files that could not be written, and why]}.
 
     Raises:
         EvaluationError: no space left, ...; on every rank.
@@ -87,15 +90,16 @@ def evaluate(
     if is_writer != (not dist.is_initialized() or dist.get_rank() == 0):
         raise ValueError("is_writer must be true on rank 0 and nowhere else")
     out_dir = Path(out_dir)
-    result: dict[str, Any] = {"accuracy": {}, "sets": {}, "problems": {}, "notes": {}}
+    result: dict[str, Any] = {"accuracy": {}, "sets": {}, "problems": {}, "notes": {}, "warnings": []}
     for eval_set in sets:
         name = eval_set.config.name
-        judge = _Judge(eval_set, tokenizer, settings, out_dir / f"{name}-step{step}.jsonl")
+        judge = _Judge(eval_set, tokenizer, settings, out_dir / f"{name}-step{step}.jsonl", files_may_fail)
         try:
-            numbers, problems = _evaluate_set(engine, judge, parameters)
+            numbers, problems, warnings = _evaluate_set(engine, judge, parameters)
         finally:
             judge.close()
         result["sets"][name] = numbers
+        result["warnings"] += warnings
         if notes := _notes(numbers):
             result["notes"][name] = notes
         result["accuracy"][name] = numbers["accuracy"]
@@ -108,8 +112,23 @@ def evaluate(
                     len(problems),
                     problems[0],
                 )
-    on_rank_0(lambda: _write_summary(out_dir / f"step{step}.json", {"step": step, **result}), otherwise=EvaluationError)
+    path = out_dir / f"step{step}.json"
+    result["warnings"] += on_rank_0(
+        lambda: _try_files(lambda: _write_summary(path, {"step": step, **result}), path, files_may_fail),
+        otherwise=EvaluationError,
+    )
     return result
+
+
+def _try_files(action: Callable[[], object], path: Path, may_fail: bool) -> list[str]:
+    """Runs it; where files may fail, returns what the system said of them, as a list of one or none."""
+    try:
+        action()
+    except OSError as error:
+        if not may_fail:
+            raise
+        return [f"{path} cannot be written: {error.strerror or error}"]
+    return []
 
 
 def _notes(numbers: dict[str, float]) -> list[str]:
@@ -124,7 +143,9 @@ def _notes(numbers: dict[str, float]) -> list[str]:
     return [f"{numbers[key]:.0f} {text}" for key, text in kinds if numbers[key]]
 
 
-def _evaluate_set(engine: RolloutEngine, judge: _Judge, parameters: str) -> tuple[dict[str, float], list[str]]:
+def _evaluate_set(
+    engine: RolloutEngine, judge: _Judge, parameters: str
+) -> tuple[dict[str, float], list[str], list[str]]:
     config, settings = judge.eval_set.config, judge.settings
     sampling = Sampling(config.max_tokens, config.temperature, config.top_p, seed=settings.seed)
     k, version = config.responses_per_prompt, engine.policy_version
@@ -150,11 +171,13 @@ def _evaluate_set(engine: RolloutEngine, judge: _Judge, parameters: str) -> tupl
 class _Judge:
     """What the writing rank does for one set; on other ranks it does nothing."""
 
-    def __init__(self, eval_set: EvalSet, tokenizer: Tokenizer, settings: EvalConfig, path: Path):
+    def __init__(self, eval_set: EvalSet, tokenizer: Tokenizer, settings: EvalConfig, path: Path, files_may_fail: bool):
         self.eval_set = eval_set
         self.tokenizer = tokenizer
         self.settings = settings
         self.file = ResponseFile(path) if settings.save_responses else None
+        self.files_may_fail = files_may_fail
+        self.warnings: list[str] = []
         self.answers: dict[str, Answer] = {}
         self.replaced = self.verdicts_changed = 0
         self.pool = VerifierPool(eval_set.config.verifier, settings.verifier_timeout_s, settings.verifier_workers)
@@ -162,27 +185,37 @@ class _Judge:
     def resume(self, requests: list[Request], keys: list[str]) -> list[int]:
         """Takes over responses of an earlier attempt; returns the places in `keys` that are still to be generated."""
         if self.file is not None:
-            records, self.replaced = self.file.open(set(keys))
-            if records:
-                log.info("%s: %d of %d responses are there already", self.file.path, len(records), len(keys))
-                prompts = {key: request.prompt for request, key in zip(requests, keys, strict=True)}
-                self._judge_anew(records, prompts)
+            prompts = {key: request.prompt for request, key in zip(requests, keys, strict=True)}
+            self._with_file(lambda file: self._take_over(file, prompts))
         return [i for i, key in enumerate(keys) if key not in self.answers]
 
-    def _judge_anew(self, records: dict[str, dict[str, Any]], prompts: dict[str, Prompt]) -> None:
+    def _with_file(self, action: Callable[[ResponseFile], object]) -> None:
+        """Does something with the file of responses; one that fails is done without from then on, where it may."""
+        if self.file is not None:
+            file = self.file
+            self.warnings += _try_files(lambda: action(file), file.path, self.files_may_fail)
+            if self.warnings:
+                self.file = None
+
+    def _take_over(self, file: ResponseFile, prompts: dict[str, Prompt]) -> None:
+        records, self.replaced = file.open(set(prompts))
+        if records:
+            log.info("%s: %d of %d responses are there already", file.path, len(records), len(prompts))
+            self._judge_anew(file, records, prompts)
+
+    def _judge_anew(self, file: ResponseFile, records: dict[str, dict[str, Any]], prompts: dict[str, Prompt]) -> None:
         """Verifies the responses of an earlier attempt again, and writes down what has changed."""
-        assert self.file is not None
         verdicts = self.pool.score([Case.of(prompts[key], record["response"]) for key, record in records.items()])
         judged = {
             key: {**record, "uid": prompts[key].uid, "answer": prompts[key].answer, **_verdict(verdict)}
             for (key, record), verdict in zip(records.items(), verdicts, strict=True)
         }
         self.verdicts_changed = sum(judged[key]["score"] != record["score"] for key, record in records.items())
+        self.answers = {key: answer_of(record) for key, record in judged.items()}
         if judged != records:
             if self.verdicts_changed and not self.replaced:
-                self.file.keep_old()
-            self.file.rewrite(list(judged.values()))
-        self.answers = {key: answer_of(record) for key, record in judged.items()}
+                file.keep_old()
+            file.rewrite(list(judged.values()))
 
     def add(self, rollouts: list[Rollout], keys: list[str]) -> None:
         """Verifies and saves new responses."""
@@ -206,17 +239,17 @@ class _Judge:
                     "key": key,
                 }
             )
-        if self.file is not None:
-            self.file.append(records)
+        self._with_file(lambda file: file.append(records))
         self.answers |= {record["key"]: answer_of(record) for record in records}
 
-    def summary(self) -> tuple[dict[str, float], list[str]]:
-        """The set's numbers, and the responses that no verdict was reached on."""
+    def summary(self) -> tuple[dict[str, float], list[str], list[str]]:
+        """The set's numbers, the responses that no verdict was reached on, and files that failed."""
         answers = list(self.answers.values())
         problems = [f"prompt {a.uid}, sample {a.sample}: {a.problem}" for a in answers if a.problem is not None]
         numbers = summarize(answers, self.eval_set.config.responses_per_prompt, self.settings.seed)
         numbers |= {"too_long": self.eval_set.prompts.too_long, "beyond_limit": self.eval_set.prompts.beyond_limit}
-        return numbers | {"replaced": self.replaced, "verdicts_changed": self.verdicts_changed}, problems
+        numbers |= {"replaced": self.replaced, "verdicts_changed": self.verdicts_changed}
+        return numbers, problems, self.warnings
 
     def close(self) -> None:
         """Ends the verifier's processes."""

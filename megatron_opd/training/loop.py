@@ -12,6 +12,7 @@ from megatron_opd.scoring.prune_weights import assign_prune_weights
 from megatron_opd.scoring.stop_event import weigh_stops
 from megatron_opd.training.clock import PhaseClock
 from megatron_opd.training.metrics import batch_metrics
+from megatron_opd.training.metrics_log import add_warning
 from megatron_opd.training.run import Run
 
 
@@ -67,7 +68,8 @@ def advance(run: Run) -> None:
 
 
 def evaluate_and_report(run: Run, metrics: dict[str, Any]) -> None:
-    metrics["accuracy"] = run.evaluate()
+    metrics["accuracy"], warning = run.evaluate()
+    add_warning(metrics, warning)
     run.unreported = None
     run.report(metrics)
 

@@ -4,53 +4,92 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+FILE = "metrics.jsonl"
+
+
+def read_steps(path: str | Path) -> list[dict[str, Any]]:
+    """The steps that a metrics.jsonl holds, in the order of their numbers. Raises OSError.
+
+    What is no step's line (torn, of other bytes, no object, without a whole number as its `step`) is passed over; of
+    lines of the same step the last one counts. A crash of a node or of its disk leaves such lines.
+    """
+    steps: dict[int, dict[str, Any]] = {}
+    for line in Path(path).read_bytes().split(b"\n"):
+        try:
+            values = json.loads(line)
+        except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError
+            continue
+        step = values.get("step") if isinstance(values, dict) else None
+        if isinstance(step, int) and not isinstance(step, bool):
+            steps[step] = values
+    return [steps[step] for step in sorted(steps)]
+
+
+def strict(value: Any) -> Any:
+    """The value for strict JSON, which has no word for what is not finite: such numbers become null."""
+    if isinstance(value, dict):
+        return {key: strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def add_warning(metrics: dict[str, Any], text: str) -> None:
+    """Adds to what a step's line warns of."""
+    if text:
+        metrics["warning"] = "; ".join(filter(None, (metrics.get("warning"), text)))
+
 
 class MetricsLog:
-    """RUN/metrics.jsonl, one object a step, and TensorBoard beside it. Only the writing rank has one."""
+    """RUN/metrics.jsonl, one object a step, and TensorBoard beside it. Only the writing rank has one.
+
+    TensorBoard is a view of what metrics.jsonl holds: where it fails, the run goes on without it.
+    """
 
     def __init__(self, run_dir: str, first_step: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
-        self.path = Path(run_dir, "metrics.jsonl")
+        self.path = Path(run_dir, FILE)
         self._drop_from(first_step)
         self.descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
         self._unwritten: list[str] = []
-        self.board: SummaryWriter | None = SummaryWriter(str(Path(run_dir, "tensorboard")), purge_step=first_step)
+        self._warning = ""  # of TensorBoard, until a step's line has it
+        self.board: Any = None
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+
+            self.board = SummaryWriter(str(Path(run_dir, "tensorboard")), purge_step=first_step)
+        except Exception as error:  # a client of another project: whatever it raises
+            self._warning = f"no TensorBoard: {type(error).__name__}: {error}"
 
     def _drop_from(self, step: int) -> None:
-        """After a resume, steps behind the checkpoint are run again: their old lines go, and a torn last line."""
+        """After a resume, steps behind the checkpoint are run again: their old lines go, and what is no step's line."""
         if not self.path.exists():
             return
-        kept = []
-        for line in self.path.read_text(encoding="utf-8").splitlines():
-            try:
-                if json.loads(line)["step"] < step:
-                    kept.append(line + "\n")
-            except (ValueError, KeyError):
-                continue
+        kept = [json.dumps(strict(values)) + "\n" for values in read_steps(self.path) if values["step"] < step]
         scratch = self.path.with_suffix(".jsonl.tmp")
         scratch.write_text("".join(kept), encoding="utf-8")
         os.replace(scratch, self.path)
 
     def write(self, values: dict[str, Any]) -> str:
-        """Adds a step's line; returns what is wrong with the disk, if anything.
+        """Adds a step's line; returns what is wrong with the disk, if anything. When TensorBoard has failed, the line
+        says so once, as its `warning`.
 
         Lines that could not be written are kept and written with a later one.
         """
-        self._unwritten.append(json.dumps(values) + "\n")
-        problem = self._write_lines()
         for name, value in values.items():
             if isinstance(value, dict):
                 for inner, number in value.items():
                     self._plot(f"{name}/{inner}", number, values["step"])
-            elif isinstance(value, int | float) and name != "step":
+            elif name != "step":
                 self._plot(name, value, values["step"])
-        return problem
+        add_warning(values, self._warning)
+        self._warning = ""
+        self._unwritten.append(json.dumps(strict(values), allow_nan=False) + "\n")
+        return self._write_lines()
 
     def _write_lines(self) -> str:
         while self._unwritten:
@@ -65,28 +104,26 @@ class MetricsLog:
             self._unwritten.pop(0)
         return ""
 
-    def _plot(self, name: str, value: float, step: int) -> None:
-        if self.board is not None:
-            try:
-                self.board.add_scalar(name, value, step)
-            except OSError:  # its writing thread has met a full disk and is gone; metrics.jsonl has every number
-                self.board = None
+    def _plot(self, name: str, value: Any, step: int) -> None:
+        if self.board is None or not isinstance(value, int | float):
+            return
+        try:
+            self.board.add_scalar(name, value, step)
+        except Exception as error:  # its writing thread has met a full disk and is gone, or anything else
+            self.board = None
+            self._warning = f"TensorBoard has failed and gets nothing more: {type(error).__name__}: {error}"
 
     def close(self) -> None:
         self._write_lines()
         os.close(self.descriptor)
         if self.board is not None:
-            with suppress(OSError):
+            try:
                 self.board.close()
+            except Exception as error:
+                print(f"WARNING: TensorBoard's files may lack the last steps: {type(error).__name__}: {error}")
 
 
 def was_reported(run_dir: str, step: int) -> bool:
     """Whether RUN/metrics.jsonl has a whole line of this step."""
-    path = Path(run_dir, "metrics.jsonl")
-    for line in path.read_text(encoding="utf-8").splitlines()[::-1] if path.exists() else ():
-        try:
-            if json.loads(line)["step"] == step:
-                return True
-        except (ValueError, KeyError):
-            continue
-    return False
+    path = Path(run_dir, FILE)
+    return path.exists() and any(values["step"] == step for values in read_steps(path))

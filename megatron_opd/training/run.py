@@ -26,7 +26,7 @@ from megatron_opd.runtime.guard import Guard
 from megatron_opd.scoring.factory import make_scoring
 from megatron_opd.training.alarms import AlarmWatch
 from megatron_opd.training.bad_steps import dump_bad_step
-from megatron_opd.training.metrics_log import MetricsLog, was_reported
+from megatron_opd.training.metrics_log import MetricsLog, add_warning, was_reported
 from megatron_opd.training.objective import build_loss
 from megatron_opd.training.probe import HandoverProbe
 from megatron_opd.training.progress import StepProgress
@@ -130,8 +130,7 @@ class Run:
     def report(self, metrics: dict[str, Any]) -> None:
         """One step's metrics to the files and to the reader, with a warning while saving fails."""
         metrics["checkpoint_s"] = self.checkpoints.take_seconds()  # that training waited since the last report
-        if self.checkpoints.warning:
-            metrics["warning"] = self.checkpoints.warning
+        add_warning(metrics, self.checkpoints.warning)
         if self.metrics is not None and self.progress is not None:
             problem = self.metrics.write(metrics)
             if problem:
@@ -186,17 +185,25 @@ class Run:
         seen = watch_step(batch, metrics, self.trainer.student.vocab_size, self.stop)
         return self.alarms.hear(self.step, seen)
 
-    def evaluate(self) -> dict[str, float]:
-        """Accuracy (avg@k) of each data set with the engine's parameters."""
+    def evaluate(self) -> tuple[dict[str, float], str]:
+        """Accuracy (avg@k) of each data set with the engine's parameters; and which files failed, if any."""
         out = os.path.join(self.config.run_dir, "eval")
         parameters = parameters_fingerprint(self.trainer.student, self.config.rollout.bucket_mb << 20)
         result = evaluate(
-            self.engine, self.eval_sets, self.tokenizer, self.config.eval, out, self.step, self.is_writer, parameters
+            self.engine,
+            self.eval_sets,
+            self.tokenizer,
+            self.config.eval,
+            out,
+            self.step,
+            self.is_writer,
+            parameters,
+            files_may_fail=True,
         )
         for name, numbers in result["sets"].items():
             notes = "".join(f"; {note}" for note in result["notes"].get(name, ()))
             self.say(f"step {self.step}  eval {name}: accuracy {numbers['accuracy']:.3f}{notes}")
-        return result["accuracy"]
+        return result["accuracy"], "; ".join(result["warnings"])
 
     def state(self) -> dict[str, Any]:
         """What a resume needs beside parameters and optimizer."""

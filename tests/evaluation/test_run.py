@@ -109,6 +109,19 @@ def test_numbers_and_the_file_for_reading(tokenizer, tmp_path):
     assert json.loads((tmp_path / "eval" / "step20.json").read_text()) == {"step": 20, **result}
 
 
+@pytest.mark.parametrize("lost", ["easy-step1.jsonl", "step1.json"])
+def test_files_that_cannot_be_written_end_no_training(lost, tokenizer, tmp_path):
+    settings, sets = setup(tokenizer, prompts_file(tmp_path))
+    (tmp_path / "eval" / lost).mkdir(parents=True)
+    whole = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path / "whole", 1, True)
+    with pytest.raises(EvaluationError, match="directory"):  # of `eval`, whose result the files are
+        evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path / "eval", 1, True)
+    result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path / "eval", 1, True, files_may_fail=True)
+    assert result["accuracy"] == whole["accuracy"] and whole["warnings"] == []
+    (warning,) = result["warnings"]
+    assert str(tmp_path / "eval" / lost) in warning and "directory" in warning
+
+
 def test_truncation_is_reported(tokenizer, tmp_path):
     settings, sets = setup(tokenizer, prompts_file(tmp_path), max_tokens=2)
     result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path, 0, True)

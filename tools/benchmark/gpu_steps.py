@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from megatron_opd.commands.precision_shift import Changes, fp8_changes, measure
 from megatron_opd.config import Config, load_config
 from megatron_opd.training import loop, setup
 from megatron_opd.training.clock import PHASE_KEYS
+from megatron_opd.training.metrics_log import read_steps
 from megatron_opd.training.run import Run, load_tokenizers
 from megatron_opd.training.setup import init_distributed
 
@@ -158,7 +158,7 @@ def _curve(bench: Bench, folder: Path, changes: list[str]) -> dict[str, Any]:
     answers = [f"eval.sets.0.limit={bench.sizes['curve_answers']}", f"eval.sets.0.max_tokens={2 * tokens}"]
     limits += answers if judged else ["eval.sets=[]"]
     loop.train(_example(bench, "drifting", folder, *changes, *_budget(tokens), *limits))
-    lines = [json.loads(line) for line in (folder / "run" / "metrics.jsonl").read_text().splitlines()]
+    lines = read_steps(folder / "run" / "metrics.jsonl")
     found: dict[str, Any] = {
         key: [line[name] for line in lines]
         for key, name in (("loss", "loss"), ("reverse_kl", "reverse_kl"), ("overlap", "overlap_mean"))

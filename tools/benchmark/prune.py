@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.common import REPOSITORY, BenchmarkError, last_of_each, print_table, resolve_device, write_json
+from megatron_opd.training.metrics_log import read_steps
 
 EXAMPLE = REPOSITORY / "examples" / "tiny"
 METHODS = {
@@ -106,7 +107,7 @@ def train(
 
 def read(run_dir: Path, pair: str, method: str, seed: int) -> dict[str, Any]:
     """One run's numbers. Seconds are those of training steps; start-up and evaluation are left out."""
-    steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    steps = read_steps(run_dir / "metrics.jsonl")
     seconds, trained, points, by_tokens = 0.0, 0, [], []
     start = run_dir / "eval" / "step0.json"
     if start.exists():
