@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import resource
@@ -30,6 +31,22 @@ def limit_files(first: int, last: int, rank: int, step: int) -> None:
     if rank == 1:
         _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
         resource.setrlimit(resource.RLIMIT_FSIZE, (5_000 if first <= step <= last else hard, hard))
+
+
+def save_while_training(first: int, last: int, rank: int, step: int) -> None:
+    """A save in the background has until the end of the next step, however slow the disk; those of the steps `first` to
+    `last` meet a full one."""
+    from megatron_opd.checkpoint.checkpointer import Checkpointer
+
+    plain = getattr(Checkpointer.after_step, "__wrapped__", Checkpointer.after_step)
+
+    @functools.wraps(plain)
+    def after_step(self: Checkpointer, step: int, *arguments: Any, **named: Any) -> None:
+        self._advance(wait=True)
+        limit_files(first, last, rank, step)
+        plain(self, step, *arguments, **named)
+
+    Checkpointer.after_step = after_step  # type: ignore[method-assign]
 
 
 def spoil_batch(first: int, last: int, rank: int, step: int) -> None:
@@ -100,12 +117,16 @@ CASES = [
     Case("full_for_a_while", before_step=partial(limit_files, 2, 3)),
     Case("full", ("checkpoint.max_failures=2",), before_step=partial(limit_files, 3, STEPS)),
     Case("full", before_step=partial(limit_files, 0, 0)),
-    Case("asynchronous", ("checkpoint.asynchronous=true", "checkpoint.every=1", "checkpoint.keep_last=9")),
+    Case(
+        "asynchronous",
+        ("checkpoint.asynchronous=true", "checkpoint.every=1", "checkpoint.keep_last=9"),
+        before_step=partial(save_while_training, 0, 0),
+    ),
     Case("from_asynchronous", resumes=("asynchronous", 3)),
     Case(
         "asynchronous_full",
         ("checkpoint.asynchronous=true", "checkpoint.every=1", "checkpoint.max_failures=9"),
-        before_step=partial(limit_files, 2, 3),
+        before_step=partial(save_while_training, 2, 3),
     ),
     Case("nan_once", before_step=partial(spoil_batch, 3, 3)),
     Case("nan", ("train.max_bad_steps=2",), before_step=partial(spoil_batch, 2, STEPS)),
@@ -237,7 +258,7 @@ def test_asynchronous_saves(finished: Finished) -> None:
     for name in ("asynchronous", "from_asynchronous", "asynchronous_full"):
         assert finished.only(name).error == ""
         assert finished.metrics(name) == finished.metrics("plain")
-    assert finished.checkpoints("asynchronous")[-1] == "step_000005"
+    assert finished.checkpoints("asynchronous") == [f"step_{step:06d}" for step in range(1, STEPS + 1)]
     assert "resumed at step 3" in finished.only("from_asynchronous").said
     assert "checkpoint of step 2 failed: File too large" in finished.only("asynchronous_full").said
     assert finished.checkpoints("asynchronous_full")[-1] == "step_000005"
