@@ -73,7 +73,7 @@ def qwen3(hidden: int, layers: int, intermediate: int, heads: int, tied: bool) -
 
 
 class Texts:
-    """An endless stream of training batches; a writer turns a problem into an answer and whether it ends."""
+    """An endless stream of training batches; a writer turns a problem into a response and whether it ends."""
 
     def __init__(self, tokenizer: sentencepiece.SentencePieceProcessor, pool: list[Problem], writer, seed: int):
         self.tokenizer, self.pool, self.writer, self.rng = tokenizer, pool, writer, random.Random(seed)
@@ -82,9 +82,9 @@ class Texts:
         """Token ids and labels [size, S]; labels are -100 on the prompt and on padding."""
         rows = []
         for problem in self.rng.sample(self.pool, size):
-            answer, ends = self.writer(problem, self.rng)
+            response, ends = self.writer(problem, self.rng)
             prompt = self.tokenizer.encode(problem.prompt)
-            rows.append((len(prompt), prompt + self.tokenizer.encode(answer) + [EOS] * ends))
+            rows.append((len(prompt), prompt + self.tokenizer.encode(response) + [EOS] * ends))
         width = max(len(ids) for _, ids in rows)
         ids = torch.tensor([row + [PAD] * (width - len(row)) for _, row in rows])
         labels = ids.clone()

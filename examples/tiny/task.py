@@ -1,6 +1,6 @@
-"""The task of the embedded example: reasoning-gym's chain_sum, a prompt template, and written-out answers to train on.
+"""The task of the embedded example: reasoning-gym's chain_sum, a prompt template, and written responses to train on.
 
-An answer adds one term a line, digit by digit from the units, with every carry or borrow written down; lines all have
+A response adds one term a line, digit by digit from the units, with every carry or borrow written down; lines all have
 the same length, which is what lets a model of a third of a million parameters learn it in minutes:
 
     Solve                 the prompt: the terms of the expression, labelled
@@ -8,7 +8,7 @@ the same length, which is what lets a model of a third of a million parameters l
     B+25
     C-18
     Steps
-    A+42>042              the answer starts here: running sums of three digits
+    A+42>042              the response starts here: running sums of three digits
     B+25:2+5=07,4+2+0=06,0+0=0>067
     C-18:7-8=19,6-1-1=04,0-0=0>049
     \\boxed{49}
@@ -38,7 +38,7 @@ class Problem:
 
     @property
     def prompt(self) -> str:
-        """The plain text that the model sees; its answer follows directly."""
+        """The plain text that the model sees; its response follows directly."""
         lines = [f"{LABELS[i]}{signed(t)}" for i, t in enumerate(self.terms)]
         return "\n".join(["Solve", *lines, "Steps"]) + "\n"
 
@@ -51,7 +51,7 @@ def signed(term: int) -> str:
 def problems(seed: int, size: int) -> list[Problem]:
     """`size` problems from reasoning-gym, MIN_TERMS to MAX_TERMS terms of two digits in equal shares.
 
-    Only expressions whose running sums stay within 0..999 are kept, so that the answers need no signs.
+    Only expressions whose running sums stay within 0..999 are kept, so that the responses need no signs.
     """
     shares = range(MIN_TERMS, MAX_TERMS + 1)
     found: list[Problem] = []
@@ -82,7 +82,7 @@ def problems(seed: int, size: int) -> list[Problem]:
 
 
 def add_line(label: str, total: int, term: int, forget: float, rng: random.Random) -> tuple[str, int]:
-    """One line of an answer and the sum it ends with; with probability `forget` a carry or borrow is forgotten."""
+    """One line of a response and the sum it ends with; with probability `forget` a carry or borrow is forgotten."""
     sign, op = (-1, "-") if term < 0 else (1, "+")
     hundreds, tens, units = total // 100, total // 10 % 10, total % 10
     term_tens, term_units = abs(term) // 10, abs(term) % 10
@@ -101,14 +101,14 @@ def add_line(label: str, total: int, term: int, forget: float, rng: random.Rando
 
 
 def clean_answer(problem: Problem) -> str:
-    """The written-out answer, without a mistake."""
+    """The written-out response, without a mistake."""
     return sloppy_answer(problem, random.Random(0), forget_plus=0.0, forget_minus=0.0, ramble=0.0)[0]
 
 
 def sloppy_answer(
     problem: Problem, rng: random.Random, forget_plus: float, forget_minus: float, ramble: float, filler_words: int = 30
 ) -> tuple[str, bool]:
-    """An answer as a careless writer gives it, and whether it comes to an end.
+    """A response as a careless writer gives it, and whether it comes to an end.
 
     Carries and borrows are forgotten with the given probabilities. Before each line, with probability `ramble`, the
     writer starts to doubt and goes on doubting: filler, with neither a result nor an end.

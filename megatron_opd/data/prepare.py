@@ -83,7 +83,7 @@ def _line(row: Row, values: dict[str, Any]) -> str:
     try:
         return json.dumps(values, ensure_ascii=False) + "\n"
     except (TypeError, ValueError) as error:  # a Parquet file may hold dates, bytes, ...
-        raise DataError(f"{row.place}: its metadata cannot be written as JSON: {error}") from error
+        raise DataError(f"{row.where}: its metadata cannot be written as JSON: {error}") from error
 
 
 def validate(
@@ -103,14 +103,14 @@ def validate(
             continue
         earlier, expected = first.setdefault(prompt, (row, answer))
         if earlier is not row:
-            where = earlier.place.removeprefix(f"{path}: ")
+            where = earlier.where.removeprefix(f"{path}: ")
             if answer != expected:
                 key = reader.column("answer")
                 report.problems.append(
-                    f"{row.place}: key {key!r} is {answer!r}, for the same prompt in {where} {expected!r}"
+                    f"{row.where}: key {key!r} is {answer!r}, for the same prompt in {where} {expected!r}"
                 )
             else:
-                report.warnings.append(f"{row.place}: key {reader.column('prompt')!r} repeats {where}")
+                report.warnings.append(f"{row.where}: key {reader.column('prompt')!r} repeats {where}")
     report.warnings[:0] = reader.notes
     if report.rows == 0 and not report.problems:
         report.problems.append(f"{path}: the file is empty")
@@ -130,9 +130,9 @@ def _rows_with_problems(path: str | Path, report: Report) -> Iterator[Row]:
         for uid, line in enumerate(file):
             if not line.strip():
                 continue
-            place = f"{path}: line {uid + 1}"
+            where = f"{path}: line {uid + 1}"
             try:
-                yield Row(uid, place, parse_json_line(line, place))
+                yield Row(uid, where, parse_json_line(line, where))
             except DataError as error:
                 report.problems.append(str(error))
 

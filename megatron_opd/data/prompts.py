@@ -109,15 +109,15 @@ def load_prompts(
     for key, text in given.items():
         if half := broken_character(text):
             raise DataError(f"{key}: holds {half}, half a character")
-    found = PromptSet(data.prompts, [], 0, 0, 0, data.duplicates == "drop")
+    result = PromptSet(data.prompts, [], 0, 0, 0, data.duplicates == "drop")
     seen: dict[str, tuple[str, list[int]]] = {}  # prompt as in the file -> text, tokens
     for row in rows:
-        found.total += 1
+        result.total += 1
         prompt = reader.prompt(row)
         teachers = _teacher_tokens(row, deepcopy(prompt), data, teacher, tokenizer) if teacher else None
         key = prompt if isinstance(prompt, str) else json.dumps(prompt)
         repeated = key in seen
-        found.duplicates += repeated
+        result.duplicates += repeated
         if not repeated:
             text = _text(row, prompt, data, tokenizer)
             seen[key] = text, tokenizer.encode(text, start=data.template == "none")
@@ -126,20 +126,20 @@ def load_prompts(
         if repeated and data.duplicates == "drop":
             continue
         if len(tokens) > data.max_prompt_tokens:
-            found.too_long += 1
+            result.too_long += 1
             continue
-        found.prompts.append(Prompt(row.uid, text, tokens, answer, reader.source(row), metadata_of(row), teachers))
-    if found.total == 0:
+        result.prompts.append(Prompt(row.uid, text, tokens, answer, reader.source(row), metadata_of(row), teachers))
+    if result.total == 0:
         raise DataError(f"{data.prompts}: the file is empty")
-    if not found.prompts:
+    if not result.prompts:
         raise DataError(
-            f"{data.prompts}: all {found.total} prompts are longer than max_prompt_tokens: {data.max_prompt_tokens}; "
+            f"{data.prompts}: all {result.total} prompts are longer than max_prompt_tokens: {data.max_prompt_tokens}; "
             f"the shortest has {min(len(tokens) for _, tokens in seen.values())} tokens"
         )
-    found.notes += reader.notes
+    result.notes += reader.notes
     if data.template == "chat" and tokenizer.writes_date:
-        found.notes.append(f"the chat template writes the date: always {data.date}, from data.date")
-    return found
+        result.notes.append(f"the chat template writes the date: always {data.date}, from data.date")
+    return result
 
 
 def load_eval_prompts(eval_set: EvalSetConfig, data: DataConfig, tokenizer: Tokenizer) -> PromptSet:
@@ -149,13 +149,13 @@ def load_eval_prompts(eval_set: EvalSetConfig, data: DataConfig, tokenizer: Toke
     changes |= {"prompts": eval_set.prompts, "seed": eval_set.seed, "duplicates": "keep"}
     changes |= {"size": eval_set.limit or GYM_EVAL_SIZE}
     try:
-        found = load_prompts(data.model_copy(update=changes), tokenizer, need_answers=True, verifier=eval_set.verifier)
+        result = load_prompts(data.model_copy(update=changes), tokenizer, need_answers=True, verifier=eval_set.verifier)
     except DataError as error:
         raise DataError(f"eval set {eval_set.name}: {error}") from error
-    kept = found.prompts[: eval_set.limit]
-    found.beyond_limit = len(found.prompts) - len(kept)
-    found.prompts = kept
-    return found
+    kept = result.prompts[: eval_set.limit]
+    result.beyond_limit = len(result.prompts) - len(kept)
+    result.prompts = kept
+    return result
 
 
 def _teacher_tokens(
@@ -168,11 +168,11 @@ def _teacher_tokens(
         context = lookup(row.values, teacher.context_key)
         if is_missing(context) or not isinstance(context, str | int | float):
             raise DataError(
-                f"{row.place}: {teacher.context_key} (teacher.context_key) is missing, empty or no text; every prompt "
+                f"{row.where}: {teacher.context_key} (teacher.context_key) is missing, empty or no text; every prompt "
                 "needs what the teacher is to read"
             )
         if half := broken_character(str(context)):
-            raise DataError(f"{row.place}: {teacher.context_key} (teacher.context_key) holds {half}, half a character")
+            raise DataError(f"{row.where}: {teacher.context_key} (teacher.context_key) holds {half}, half a character")
         own = prompt if isinstance(prompt, str) else prompt[-1]["content"]
         texts = {"{context}": str(context), "{prompt}": own}
         joined = re.sub(r"\{context\}|\{prompt\}", lambda match: texts[match.group()], teacher.context)
@@ -192,7 +192,7 @@ def _text(row: Row, prompt: str | list[dict[str, str]], data: DataConfig, tokeni
         if isinstance(prompt, list):
             if len(prompt) > 1:
                 raise DataError(
-                    f"{row.place}: {len(prompt)} chat messages cannot become plain text; set data.template: chat"
+                    f"{row.where}: {len(prompt)} chat messages cannot become plain text; set data.template: chat"
                 )
             prompt = prompt[0]["content"]
         return prompt + data.suffix
@@ -203,7 +203,7 @@ def _text(row: Row, prompt: str | list[dict[str, str]], data: DataConfig, tokeni
     try:
         return tokenizer.chat(messages, data.thinking, data.date)
     except TokenizerError as error:
-        raise TokenizerError(f"{row.place}: {error}") from error
+        raise TokenizerError(f"{row.where}: {error}") from error
 
 
 def _gym_rows(data: DataConfig) -> Iterator[Row]:

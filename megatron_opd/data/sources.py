@@ -38,7 +38,7 @@ class Row:
     """One object of a prompts file; `uid` is its place in the file, counted from 0."""
 
     uid: int
-    place: str  # "FILE: line 3" or "FILE: row 3", counted from 1
+    where: str  # "FILE: line 3" or "FILE: row 3", counted from 1
     values: dict[str, Any]
 
 
@@ -63,10 +63,10 @@ def rows_of_function(name: str, size: int, seed: int) -> Iterator[Row]:
     count = 0
     try:
         for values in itertools.islice(own(size, seed), size):
-            place = f"{name}: item {count + 1}"
+            where = f"{name}: item {count + 1}"
             if not isinstance(values, Mapping):
-                raise DataError(f"{place}: must be an object with the prompt's columns, found {_type(values)}")
-            yield Row(count, place, check_text(dict(values), place))
+                raise DataError(f"{where}: must be an object with the prompt's columns, found {_type(values)}")
+            yield Row(count, where, check_text(dict(values), where))
             count += 1
     except DataError:
         raise
@@ -205,12 +205,12 @@ def missing_key(row: Row, key: str) -> DataError:
     """The error for a row that lacks a key or has nothing there, with the keys that it has."""
     keys, value = _paths(row.values), plain(lookup(row.values, key))
     if key not in keys:
-        return DataError(f"{row.place}: key {key!r} is missing; its keys are {', '.join(keys) or 'none'}")
+        return DataError(f"{row.where}: key {key!r} is missing; its keys are {', '.join(keys) or 'none'}")
     if isinstance(value, str):
-        return DataError(f"{row.place}: key {key!r} is empty")
+        return DataError(f"{row.where}: key {key!r} is empty")
     if isinstance(value, (list, tuple)):
-        return DataError(f"{row.place}: key {key!r} is a list of nothing")
-    return DataError(f"{row.place}: key {key!r} is {'NaN' if isinstance(value, float) else 'null'}")
+        return DataError(f"{row.where}: key {key!r} is a list of nothing")
+    return DataError(f"{row.where}: key {key!r} is {'NaN' if isinstance(value, float) else 'null'}")
 
 
 def prompt_of(row: Row, key: str) -> str | list[dict[str, str]]:
@@ -221,20 +221,20 @@ def prompt_of(row: Row, key: str) -> str | list[dict[str, str]]:
     if isinstance(value, str):
         return value
     if not isinstance(value, list):
-        raise DataError(f"{row.place}: key {key!r} must be text or chat messages, found {_type(value)}")
+        raise DataError(f"{row.where}: key {key!r} must be text or chat messages, found {_type(value)}")
     if not value:
-        raise DataError(f"{row.place}: key {key!r} has no messages")
+        raise DataError(f"{row.where}: key {key!r} has no messages")
     for i, message in enumerate(value):
         good = isinstance(message, dict) and all(isinstance(message.get(k), str) for k in ("role", "content"))
         if not good:
             raise DataError(
-                f"{row.place}: key {key!r}, message {i + 1} must be an object with the texts role and content, "
+                f"{row.where}: key {key!r}, message {i + 1} must be an object with the texts role and content, "
                 f"found {str(message)[:80]}"
             )
     if value[-1]["role"] != "user":
-        raise DataError(f"{row.place}: key {key!r} must end with the user's message, not one of {value[-1]['role']!r}")
+        raise DataError(f"{row.where}: key {key!r} must end with the user's message, not one of {value[-1]['role']!r}")
     if not value[-1]["content"].strip():
-        raise DataError(f"{row.place}: key {key!r}, the last message is empty")
+        raise DataError(f"{row.where}: key {key!r}, the last message is empty")
     return [{"role": m["role"], "content": m["content"]} for m in value]
 
 
@@ -246,7 +246,7 @@ def answer_of(row: Row, key: str) -> str:
     if isinstance(value, float) and math.isfinite(value) and value.is_integer():
         value = int(value)
     if isinstance(value, bool) or not isinstance(value, (str, int, float)):
-        raise DataError(f"{row.place}: key {key!r} must be text or a number, found {_type(value)}")
+        raise DataError(f"{row.where}: key {key!r} must be text or a number, found {_type(value)}")
     return str(value)
 
 
@@ -258,17 +258,17 @@ def metadata_of(row: Row) -> dict[str, Any]:
     return value if isinstance(value, dict) else {"metadata": value}
 
 
-def parse_json_line(line: bytes, place: str) -> dict[str, Any]:
+def parse_json_line(line: bytes, where: str) -> dict[str, Any]:
     """One line of a JSONL file. Raises DataError."""
     try:
         values = json.loads(line)
     except UnicodeDecodeError as error:
-        raise DataError(f"{place}: not UTF-8 text ({error.reason} at byte {error.start})") from None
+        raise DataError(f"{where}: not UTF-8 text ({error.reason} at byte {error.start})") from None
     except (ValueError, RecursionError) as error:
-        raise DataError(f"{place}: broken JSON: {error}") from None
+        raise DataError(f"{where}: broken JSON: {error}") from None
     if not isinstance(values, dict):
-        raise DataError(f"{place}: must hold one JSON object a line, found {_type(values)}")
-    return check_text(values, place) if b"\\u" in line else values
+        raise DataError(f"{where}: must hold one JSON object a line, found {_type(values)}")
+    return check_text(values, where) if b"\\u" in line else values
 
 
 def check_text(values: dict[str, Any], where: str) -> dict[str, Any]:
@@ -304,8 +304,8 @@ def _jsonl_rows(path: Path) -> Iterator[Row]:
     with path.open("rb") as file:
         for uid, line in enumerate(file):
             if line.strip():
-                place = f"{path}: line {uid + 1}"
-                yield Row(uid, place, parse_json_line(line, place))
+                where = f"{path}: line {uid + 1}"
+                yield Row(uid, where, parse_json_line(line, where))
 
 
 def _parquet_rows(path: Path) -> Iterator[Row]:
@@ -335,10 +335,10 @@ def _values(batch: Any) -> Iterator[dict[str, Any]]:
 
 
 def _paths(values: dict[str, Any], prefix: str = "") -> list[str]:
-    found = []
+    paths = []
     for key, value in values.items():
-        found += _paths(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + str(key)]
-    return found
+        paths += _paths(value, f"{prefix}{key}.") if isinstance(value, dict) and value else [prefix + str(key)]
+    return paths
 
 
 def _type(value: Any) -> str:

@@ -71,15 +71,15 @@ class Tokenizer(ABC):
 
     def _set_eos(self, folder: Path, own: int | None) -> None:
         name, ids = _model_eos(folder)
-        found = set(ids) | ({own} if own is not None else set())
-        wrong = sorted(i for i in found if not 0 <= i < self.vocab_size)
+        ends = set(ids) | ({own} if own is not None else set())
+        wrong = sorted(i for i in ends if not 0 <= i < self.vocab_size)
         if wrong:
             raise TokenizerError(f"{folder / name}: eos_token_id {wrong[0]} is beyond the {self.vocab_size} known ids")
-        if not found:
+        if not ends:
             raise TokenizerError(
                 f"{self.path} names no end-of-response id; set eos_token_id in {folder / 'generation_config.json'}"
             )
-        self.eos_ids = frozenset(found)
+        self.eos_ids = frozenset(ends)
         origins = [f"{name} {sorted(ids)}"] if ids else []
         origins += [f"tokenizer [{own}]"] if own is not None else []
         self.eos_source = " and ".join(origins)
@@ -119,10 +119,10 @@ class HuggingFaceTokenizer(Tokenizer):
         return self.hf.decode(ids, skip_special_tokens=not keep, clean_up_tokenization_spaces=False)
 
     def pieces(self) -> list[str]:
-        found = [""] * self.vocab_size
+        pieces = [""] * self.vocab_size
         for piece, i in self.hf.get_vocab().items():
-            found[i] = piece
-        return found
+            pieces[i] = piece
+        return pieces
 
     @property
     def terminators(self) -> frozenset[int]:
@@ -247,11 +247,11 @@ def compare_tokenizers(student: Tokenizer, teacher: Tokenizer) -> list[str]:
     ours, theirs = student.pieces(), teacher.pieces()
     names = f"student ({student.path}) and teacher ({teacher.path})"
     if len(ours) != len(theirs):
-        who, longer = ("student", ours) if len(ours) > len(theirs) else ("teacher", theirs)
+        owner, longer = ("student", ours) if len(ours) > len(theirs) else ("teacher", theirs)
         first = min(len(ours), len(theirs))
         raise TokenizerError(
             f"the tokenizers of {names} differ in size: {len(ours)} and {len(theirs)}; "
-            f"the first id that only the {who} has is {first}, {longer[first]!r}"
+            f"the first id that only the {owner} has is {first}, {longer[first]!r}"
         )
     for i, (a, b) in enumerate(zip(ours, theirs, strict=True)):
         if a != b:

@@ -11,7 +11,7 @@ import numpy as np
 
 
 @dataclass(frozen=True)
-class Answer:
+class JudgedResponse:
     """One judged response. `length` in tokens; `truncated`: ended by its length limit instead of EOS."""
 
     uid: int
@@ -32,14 +32,14 @@ def pass_at_k(samples: int, correct: int, k: int) -> float:
     return 1.0 - math.comb(samples - correct, k) / math.comb(samples, k)
 
 
-def majority(answers: Sequence[Answer]) -> float:
+def majority(responses: Sequence[JudgedResponse]) -> float:
     """Whether the most frequent answer is correct; a tie of m answers counts with 1/m for a correct one among them.
 
     Correct answers are one vote's worth each for the same answer, however they are written. Where nothing was
     extracted there is no vote.
     """
     votes: dict[str | None, int] = defaultdict(int)
-    for a in answers:
+    for a in responses:
         if a.correct:
             votes[None] += 1
         elif a.extracted is not None:
@@ -60,15 +60,15 @@ def bootstrap_interval(
     return float(low), float(high)
 
 
-def summarize(answers: Sequence[Answer], k: int, seed: int = 0) -> dict[str, float]:
+def summarize(responses: Sequence[JudgedResponse], k: int, seed: int = 0) -> dict[str, float]:
     """One data set's numbers; every prompt must have k responses.
 
     Keys: accuracy (= avg@k); avg@k, maj@k and pass@1, 2, 4, ... k (k as a number), each with `_low` and `_high` of its
     95% interval; score (mean score with partial credit), prompts, answers, length_mean (tokens), truncated (share),
     no_answer (share), verifier_problems (count).
     """
-    by_prompt: dict[int, list[Answer]] = defaultdict(list)
-    for a in answers:
+    by_prompt: dict[int, list[JudgedResponse]] = defaultdict(list)
+    for a in responses:
         by_prompt[a.uid].append(a)
     if not by_prompt:
         raise ValueError("no responses to summarize")
@@ -83,11 +83,11 @@ def summarize(answers: Sequence[Answer], k: int, seed: int = 0) -> dict[str, flo
     for name, per_prompt in values.items():
         result[name] = float(np.mean(per_prompt))
         result[f"{name}_low"], result[f"{name}_high"] = bootstrap_interval(per_prompt, seed)
-    result["score"] = float(np.mean([a.score for a in answers]))
+    result["score"] = float(np.mean([a.score for a in responses]))
     result["prompts"] = len(by_prompt)
-    result["answers"] = len(answers)
-    result["length_mean"] = float(np.mean([a.length for a in answers]))
-    result["truncated"] = float(np.mean([a.truncated for a in answers]))
-    result["no_answer"] = float(np.mean([a.extracted is None for a in answers]))
-    result["verifier_problems"] = sum(a.problem is not None for a in answers)
+    result["answers"] = len(responses)
+    result["length_mean"] = float(np.mean([a.length for a in responses]))
+    result["truncated"] = float(np.mean([a.truncated for a in responses]))
+    result["no_answer"] = float(np.mean([a.extracted is None for a in responses]))
+    result["verifier_problems"] = sum(a.problem is not None for a in responses)
     return result

@@ -10,7 +10,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.evaluation.metrics import Answer
+from megatron_opd.evaluation.metrics import JudgedResponse
 from megatron_opd.rollout.base import Request
 
 
@@ -27,9 +27,9 @@ def old_name(path: Path) -> Path:
     return next(name for name in names if not name.exists())
 
 
-def answer_of(record: dict[str, Any]) -> Answer:
+def judged_response(record: dict[str, Any]) -> JudgedResponse:
     """What the metrics need of a saved record."""
-    return Answer(**{name: record[name] for name in Answer.__dataclass_fields__})
+    return JudgedResponse(**{name: record[name] for name in JudgedResponse.__dataclass_fields__})
 
 
 class ResponseFile:
@@ -48,7 +48,7 @@ class ResponseFile:
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.path.touch()
-        found: dict[str, dict[str, Any]] = {}
+        finished: dict[str, dict[str, Any]] = {}
         others = 0
         lines = self.path.read_bytes().splitlines(keepends=True)
         for line in lines:
@@ -60,14 +60,14 @@ class ResponseFile:
             if not complete:
                 continue
             if record["key"] in keys:
-                found[record["key"]] = record
+                finished[record["key"]] = record
             else:
                 others += 1
         if others:
             self.keep_old()
-        if len(found) < len(lines):
-            self.rewrite(list(found.values()))
-        return found, others
+        if len(finished) < len(lines):
+            self.rewrite(list(finished.values()))
+        return finished, others
 
     def keep_old(self) -> None:
         """Copies the file to a name beside it."""

@@ -17,8 +17,8 @@ from megatron_opd.config import DataConfig, EvalConfig, EvalSetConfig
 from megatron_opd.data.prompts import PromptSet, load_eval_prompts
 from megatron_opd.data.tokenizer import Tokenizer
 from megatron_opd.errors import ConfigError, RunError
-from megatron_opd.evaluation.metrics import Answer, summarize
-from megatron_opd.evaluation.responses import ResponseFile, answer_of, old_name, request_key
+from megatron_opd.evaluation.metrics import JudgedResponse, summarize
+from megatron_opd.evaluation.responses import ResponseFile, judged_response, old_name, request_key
 from megatron_opd.evaluation.verifiers import Case, Verdict, VerifierError, VerifierPool, response_text
 from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.plugins import is_own
@@ -178,7 +178,7 @@ class _Judge:
         self.file = ResponseFile(path) if settings.save_responses else None
         self.files_may_fail = files_may_fail
         self.warnings: list[str] = []
-        self.answers: dict[str, Answer] = {}
+        self.judged: dict[str, JudgedResponse] = {}
         self.replaced = self.verdicts_changed = 0
         self.pool = VerifierPool(eval_set.config.verifier, settings.verifier_timeout_s, settings.verifier_workers)
 
@@ -187,7 +187,7 @@ class _Judge:
         if self.file is not None:
             prompts = {key: request.prompt for request, key in zip(requests, keys, strict=True)}
             self._with_file(lambda file: self._take_over(file, prompts))
-        return [i for i, key in enumerate(keys) if key not in self.answers]
+        return [i for i, key in enumerate(keys) if key not in self.judged]
 
     def _with_file(self, action: Callable[[ResponseFile], object]) -> None:
         """Does something with the file of responses; one that fails is done without from then on, where it may."""
@@ -211,7 +211,7 @@ class _Judge:
             for (key, record), verdict in zip(records.items(), verdicts, strict=True)
         }
         self.verdicts_changed = sum(judged[key]["score"] != record["score"] for key, record in records.items())
-        self.answers = {key: answer_of(record) for key, record in judged.items()}
+        self.judged = {key: judged_response(record) for key, record in judged.items()}
         if judged != records:
             if self.verdicts_changed and not self.replaced:
                 file.keep_old()
@@ -240,13 +240,13 @@ class _Judge:
                 }
             )
         self._with_file(lambda file: file.append(records))
-        self.answers |= {record["key"]: answer_of(record) for record in records}
+        self.judged |= {record["key"]: judged_response(record) for record in records}
 
     def summary(self) -> tuple[dict[str, float], list[str], list[str]]:
         """The set's numbers, the responses that no verdict was reached on, and files that failed."""
-        answers = list(self.answers.values())
-        problems = [f"prompt {a.uid}, sample {a.sample}: {a.problem}" for a in answers if a.problem is not None]
-        numbers = summarize(answers, self.eval_set.config.responses_per_prompt, self.settings.seed)
+        judged = list(self.judged.values())
+        problems = [f"prompt {a.uid}, sample {a.sample}: {a.problem}" for a in judged if a.problem is not None]
+        numbers = summarize(judged, self.eval_set.config.responses_per_prompt, self.settings.seed)
         numbers |= {"too_long": self.eval_set.prompts.too_long, "beyond_limit": self.eval_set.prompts.beyond_limit}
         numbers |= {"replaced": self.replaced, "verdicts_changed": self.verdicts_changed}
         return numbers, problems, self.warnings

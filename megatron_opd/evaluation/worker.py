@@ -169,17 +169,19 @@ def load_math() -> Verifier:
         response: str, answer: str, metadata: dict[str, Any], source: str, opened: str
     ) -> tuple[float, str | None]:
         part = final_part(opened + response)
-        found = marked_answer(part)
-        if not part.strip() or found == "":
+        extracted = marked_answer(part)
+        if not part.strip() or extracted == "":
             return 0.0, None
         reference = final_answer(answer)
-        if found == reference:
-            return 1.0, found
+        if extracted == reference:
+            return 1.0, extracted
         expected = parsed(reference)
         if not expected:
             raise ValueError(f"math-verify cannot read the reference answer {reference!r}")
-        read = parse(part, parsing_timeout=no_limit) if found is None else parsed(CHOICE.sub("", found, count=1))
-        shown = found if found is not None else str(read[-1]) if read else None
+        read = (
+            parse(part, parsing_timeout=no_limit) if extracted is None else parsed(CHOICE.sub("", extracted, count=1))
+        )
+        shown = extracted if extracted is not None else str(read[-1]) if read else None
         return float(verify(expected, read, timeout_seconds=no_limit, raise_on_error=True)), shown
 
     score("\\boxed{\\frac{1}{2}}", "0.5", {}, "", "")  # compiles its patterns, outside anyone's time limit
@@ -209,10 +211,10 @@ def load_reasoning_gym() -> Verifier:
         else:
             entry = {"question": metadata.get("question"), "answer": answer, "metadata": metadata}
         name = entry["metadata"].get("source_dataset") or source.removeprefix("reasoning_gym:")
-        found = final_answer(opened + response)
+        extracted = final_answer(opened + response)
         scored = scorer(name)
         entry["metadata"] = types_restored(entry["metadata"], examples(name))
-        return max(float(scored(text, entry)) for text in _with_blanks(found, entry.get("answer"))), found
+        return max(float(scored(text, entry)) for text in _with_blanks(extracted, entry.get("answer"))), extracted
 
     return score
 
@@ -256,8 +258,8 @@ def load_exact() -> Verifier:
     def score(
         response: str, answer: str, metadata: dict[str, Any], source: str, opened: str
     ) -> tuple[float, str | None]:
-        found = final_answer(opened + response)
-        return float(found == answer.strip()), found
+        extracted = final_answer(opened + response)
+        return float(extracted == answer.strip()), extracted
 
     return score
 
@@ -330,14 +332,14 @@ def serve(connection: Connection) -> None:
                 assert verifier is not None, "load goes before score"
                 # The parent kills a late worker. Where the parent is gone, this does, even from within C code.
                 signal.setitimer(signal.ITIMER_REAL, seconds + 5)
-                score, found = verifier(*arguments)
+                score, extracted = verifier(*arguments)
                 signal.setitimer(signal.ITIMER_REAL, 0)
                 if os.getpid() != own_pid:  # the verifier forked, and this is the child: one verdict is enough
                     os._exit(0)
                 end_children()
                 if not 0.0 <= score <= 1.0:
                     raise ValueError(f"the verifier returned {score}, not a score from 0 to 1")
-                connection.send(("scored", (score, found)))
+                connection.send(("scored", (score, extracted)))
         except EOFError:
             return
         except Exception as error:

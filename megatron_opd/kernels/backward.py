@@ -55,9 +55,9 @@ def topk_loss_backward_(
     owned = (ids >= 0) & (ids < real)
     upstream = torch.where(owned, upstream, 0.0)
     local = torch.where(owned, ids, 0)
-    for rows, chunk in full_precision_chunks(logits[:, :real], log_z.dtype, chunk_tokens):
-        chunk.sub_(log_z[rows, None]).exp_().mul_(total[rows].neg())
-        chunk.scatter_add_(1, local[rows], upstream[rows])
-        grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
+    for span, chunk in full_precision_chunks(logits[:, :real], log_z.dtype, chunk_tokens):
+        chunk.sub_(log_z[span, None]).exp_().mul_(total[span].neg())
+        chunk.scatter_add_(1, local[span], upstream[span])
+        grad[span, :real] = chunk.masked_fill_(pruned[span], 0.0)
     grad[:, real:] = 0
     return grad

@@ -35,5 +35,5 @@ def full_precision_chunks(
         return
     buffer = torch.empty((min(chunk_tokens, tokens), columns), dtype=dtype, device=logits.device)
     for start in range(0, tokens, chunk_tokens):
-        rows = slice(start, min(start + chunk_tokens, tokens))
-        yield rows, buffer[: rows.stop - start].copy_(logits[rows])
+        span = slice(start, min(start + chunk_tokens, tokens))
+        yield span, buffer[: span.stop - start].copy_(logits[span])

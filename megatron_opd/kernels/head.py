@@ -49,22 +49,22 @@ class _FusedHead(torch.autograd.Function):
         logprobs = torch.empty(ids.shape, dtype=dtype, device=ids.device)
         loss = torch.zeros((), dtype=dtype, device=ids.device)
         for start in range(0, tokens, chunk_tokens):
-            rows = slice(start, min(start + chunk_tokens, tokens))
-            local = ids[rows] - shard.offset
-            logits = torch.mm(whole[rows], head.t(), out=buffer[: rows.stop - start])
+            span = slice(start, min(start + chunk_tokens, tokens))
+            local = ids[span] - shard.offset
+            logits = torch.mm(whole[span], head.t(), out=buffer[: span.stop - start])
             stats = shard_stats(logits, 0, local, shard.real_columns())
             log_z, total = combine_log_sum_exp(stats.lse, shard.group, stats.at_ids)
             assert total is not None
-            logprobs[rows] = finished_logprobs(total, log_z, ids[rows], shard.vocab_size)
-            value, slope = objective(logprobs[rows], rows)
+            logprobs[span] = finished_logprobs(total, log_z, ids[span], shard.vocab_size)
+            value, slope = objective(logprobs[span], span)
             loss += value
             if by_hidden is None and by_head is None:
                 continue
             topk_loss_backward_(logits, log_z, local, slope, shard.real_columns())
             if by_hidden is not None:
-                torch.mm(logits, head, out=by_hidden[rows])
+                torch.mm(logits, head, out=by_hidden[span])
             if by_head is not None:
-                _add_product(by_head, logits.t(), whole[rows])
+                _add_product(by_head, logits.t(), whole[span])
         del buffer
         if by_hidden is not None and sequence_parallel:
             part = torch.empty_like(hidden)

@@ -60,9 +60,9 @@ def shard_stats(
 
 @torch.no_grad()
 def local_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact top-k of each row of `logits` [tokens, n], n >= k, best first, ties to the lowest id.
+    """Exact top-k of each token's `logits` [tokens, n], n >= k, best first, ties to the lowest id.
 
-    Returns values [tokens, k] in the logits' dtype, ids [tokens, k] int64, and [tokens] bool: the row holds a NaN.
+    Returns values [tokens, k] in the logits' dtype, ids [tokens, k] int64, and [tokens] bool: NaN among the logits.
     """
     if kernel_backend(logits.device, logits.dtype) == "torch":
         return torch_topk(logits, k)
@@ -90,8 +90,8 @@ def _torch_stats(logits: Tensor, k: int, ids: Tensor, chunk_tokens: int | None) 
 def _torch_log_sum_exp(logits: Tensor, chunk_tokens: int | None) -> Tensor:
     dtype = compute_dtype(logits)
     out = torch.full((logits.shape[0],), -torch.inf, dtype=dtype, device=logits.device)
-    for rows, chunk in full_precision_chunks(logits, dtype, chunk_tokens):
+    for span, chunk in full_precision_chunks(logits, dtype, chunk_tokens):
         top = chunk.amax(1)
         shift = torch.where(top == -torch.inf, torch.zeros_like(top), top)  # a row of -inf sums to 0, not to NaN
-        out[rows] = chunk.sub_(shift[:, None]).exp_().sum(1).log_().add_(shift)
+        out[span] = chunk.sub_(shift[:, None]).exp_().sum(1).log_().add_(shift)
     return out

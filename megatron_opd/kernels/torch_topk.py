@@ -33,7 +33,7 @@ def _ordered_keys(values: Tensor) -> tuple[Tensor, int]:
 
 
 def _stable_positions(values: Tensor, k: int) -> Tensor:
-    """Positions [rows, k] of the k largest entries of [rows, n], best first, ties to the lowest position."""
+    """Positions [tokens, k] of the k largest entries of [tokens, n], best first, ties to the lowest position."""
     if values.dtype == torch.float64:  # no room for the position beside 64 bits of value
         return values.sort(dim=1, descending=True, stable=True).indices[:, :k]
     keys, mask = _ordered_keys(values)
@@ -45,8 +45,8 @@ def _stable_positions(values: Tensor, k: int) -> Tensor:
     return (mask - (best & mask)).long()
 
 
-def _topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Top-k of [rows, n] as (values [rows, k], ids [rows, k], NaN seen [rows])."""
+def _topk_tokens(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Top-k of [tokens, n] as (values [tokens, k], ids [tokens, k], NaN seen [tokens])."""
     blocks = logits.shape[1] // _BLOCK
     if blocks < 2 * k:  # too narrow for blocks to save anything
         ids = _stable_positions(logits, k)
@@ -56,8 +56,8 @@ def _topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
     maxima = blocked.amax(2)
     # Ascending blocks keep the candidates in the order of their ids, which the tie rule needs.
     chosen = _stable_positions(maxima, k).sort(dim=1).values
-    rows = torch.arange(logits.shape[0], device=logits.device)[:, None]
-    candidates = torch.cat([blocked[rows, chosen].flatten(1), tail], dim=1)
+    tokens = torch.arange(logits.shape[0], device=logits.device)[:, None]
+    candidates = torch.cat([blocked[tokens, chosen].flatten(1), tail], dim=1)
     position = _stable_positions(candidates, k)
     block = chosen.gather(1, (position // _BLOCK).clamp_(max=k - 1))
     in_tail = position >= k * _BLOCK
@@ -66,18 +66,18 @@ def _topk_rows(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def torch_topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Exact top-k of each row of `logits` [tokens, n], n >= k, best first, ties to the lowest id.
+    """Exact top-k of each token's `logits` [tokens, n], n >= k, best first, ties to the lowest id.
 
-    Returns values [tokens, k] in the logits' dtype, ids [tokens, k] int64, and [tokens] bool: the row holds a NaN.
+    Returns values [tokens, k] in the logits' dtype, ids [tokens, k] int64, and [tokens] bool: NaN among the logits.
     """
     if logits.device.type == "cpu" and logits.dtype in (torch.bfloat16, torch.float16) and logits.shape[0]:
         shortcut = numpy_topk(logits, k)
         if shortcut is not None:
             return logits.gather(1, shortcut[0]), *shortcut
     budget = _CANDIDATES_CPU if logits.device.type == "cpu" else _CANDIDATES_GPU
-    per_row = min(logits.shape[1], k * _BLOCK)
-    step = max(1, budget // max(1, per_row))
-    parts = [_topk_rows(logits[start : start + step], k) for start in range(0, logits.shape[0], step)]
+    per_token = min(logits.shape[1], k * _BLOCK)
+    step = max(1, budget // max(1, per_token))
+    parts = [_topk_tokens(logits[start : start + step], k) for start in range(0, logits.shape[0], step)]
     if not parts:
         none = logits.new_empty((0, k))
         return none, none.long(), none[:, 0].bool()

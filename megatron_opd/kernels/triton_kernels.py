@@ -83,7 +83,7 @@ def _take_in(x, tile, top, first, total):
 @triton.jit(do_not_specialize=["parts", "tiles", "n"])
 def stats_kernel(
     logits,
-    row_stride,
+    token_stride,
     real,
     readable,
     parts,
@@ -103,15 +103,15 @@ def stats_kernel(
     WIDE: tl.constexpr,
     WIDE_POSITIONS: tl.constexpr,
 ):
-    """Program p has part p % parts of row p // parts: `tiles` tiles of LANES x 8 columns; results [rows * parts, ...].
+    """Program p has part p % parts of token p // parts: `tiles` tiles of LANES x 8 columns. Results: [tokens * parts].
 
     Columns below `real` count; those below `readable` may be read (a multiple of 16 where it can be, so that loads stay
     whole). KEPT: K rounded up to a power of two, 0 for no top-k; DEPTH: `tiles` likewise. IDS: n likewise.
     """
     program = tl.program_id(0).to(tl.int64)
     part = (program % parts).to(tl.int32)
-    row = program // parts
-    logits += row * row_stride
+    token = program // parts
+    logits += token * token_stride
     dtype: tl.constexpr = logits.dtype.element_ty
     base = part * tiles * LANES * _CHUNK
     lane = tl.arange(0, LANES)
@@ -142,10 +142,10 @@ def stats_kernel(
     if IDS > 0:
         if part == 0:
             slot = tl.arange(0, IDS)
-            wanted = tl.load(ids + row * n + slot, mask=slot < n, other=-1)
+            wanted = tl.load(ids + token * n + slot, mask=slot < n, other=-1)
             owned = (wanted >= 0) & (wanted < real)
             x = tl.load(logits + wanted, mask=owned, other=0.0).to(tl.float32)
-            tl.store(at_ids + row * n + slot, x, mask=slot < n)
+            tl.store(at_ids + token * n + slot, x, mask=slot < n)
 
     if KEPT > 0:
         # The groups whose maxima are largest, in the order of their lanes.
@@ -182,7 +182,7 @@ def stats_kernel(
 @triton.jit(do_not_specialize=["blocks", "tiles", "n"])
 def backward_kernel(
     logits,
-    row_stride,
+    token_stride,
     grad,
     grad_stride,
     log_z,
@@ -196,20 +196,20 @@ def backward_kernel(
     TILE: tl.constexpr,
     IDS: tl.constexpr,
 ):
-    """Program p has block p % blocks, of tiles x TILE columns, of row p // blocks; `grad` may be `logits`."""
+    """Program p has block p % blocks, of tiles x TILE columns, of token p // blocks; `grad` may be `logits`."""
     program = tl.program_id(0).to(tl.int64)
     begin = (program % blocks).to(tl.int32) * (tiles * TILE)
-    row = program // blocks
-    logits += row * row_stride
-    grad += row * grad_stride
+    token = program // blocks
+    logits += token * token_stride
+    grad += token * grad_stride
     slot = tl.arange(0, IDS)
-    upstream = tl.load(slope + row * n + slot, mask=slot < n, other=0.0).to(tl.float32)
+    upstream = tl.load(slope + token * n + slot, mask=slot < n, other=0.0).to(tl.float32)
     total = tl.sum(upstream, axis=0)
     pruned = tl.sum((upstream != 0).to(tl.int32), axis=0) == 0  # its logits may hold anything
-    normaliser = tl.load(log_z + row)
+    normaliser = tl.load(log_z + token)
 
     # The logits at the ids of this block, before they are overwritten.
-    wanted = tl.load(ids + row * n + slot, mask=slot < n, other=-1)
+    wanted = tl.load(ids + token * n + slot, mask=slot < n, other=-1)
     owned = (wanted >= begin) & (wanted < begin + tiles * TILE) & (wanted < real)
     chosen = tl.load(logits + wanted, mask=owned, other=0.0).to(tl.float32)
     same = wanted[:, None] == wanted[None, :]  # an id that occurs twice receives both

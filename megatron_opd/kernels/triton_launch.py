@@ -11,7 +11,7 @@ from torch import Tensor
 from megatron_opd.kernels import triton_kernels as kernels
 
 LARGEST_K = 256  # the sort of the candidates stays in registers
-_ENOUGH_ROWS = 512  # several programs for each of a big GPU's processors; fewer rows are split
+_ENOUGH_TOKENS = 512  # several programs for each of a big GPU's processors; fewer tokens are split
 _PART = 16384  # columns of a part of a row, about
 
 
@@ -33,9 +33,9 @@ def stats(logits: Tensor, k: int, ids: Tensor, real: int) -> tuple[Tensor, Tenso
     """`shard_stats` with Triton; the arguments are checked. Returns the fields of ShardStats in order."""
     if k > LARGEST_K:
         raise ValueError(f"k {k} is more than the {LARGEST_K} that the Triton kernel finds; set loss.kernels: torch")
-    rows, device = logits.shape[0], logits.device
+    tokens, device = logits.shape[0], logits.device
     logits = logits if logits.stride(1) == 1 else logits.contiguous()
-    parts = max(1, real // _PART) if rows < _ENOUGH_ROWS else 1  # two choices: each is compiled on its own
+    parts = max(1, real // _PART) if tokens < _ENOUGH_TOKENS else 1  # two choices: each is compiled on its own
     lanes = max(_lanes(-(-real // parts)), _power(k) if k else 0)
     width = lanes * kernels.CHUNK
     tiles = max(1, -(-real // (parts * width)))
@@ -44,15 +44,15 @@ def stats(logits: Tensor, k: int, ids: Tensor, real: int) -> tuple[Tensor, Tenso
     half = logits.dtype in (torch.bfloat16, torch.float16)
     readable = min(-(-real // 16) * 16, logits.shape[1])
     ids = ids.contiguous()
-    lse = torch.empty((rows, parts), dtype=torch.float32, device=device)
-    values = torch.empty((rows, parts, k), dtype=logits.dtype, device=device)
-    top = torch.empty((rows, parts, k), dtype=torch.int64, device=device)
-    at_ids = torch.empty((rows, n), dtype=torch.float32, device=device)
-    invalid = torch.empty((rows, parts), dtype=torch.int8, device=device)
-    if not rows:
+    lse = torch.empty((tokens, parts), dtype=torch.float32, device=device)
+    values = torch.empty((tokens, parts, k), dtype=logits.dtype, device=device)
+    top = torch.empty((tokens, parts, k), dtype=torch.int64, device=device)
+    at_ids = torch.empty((tokens, n), dtype=torch.float32, device=device)
+    invalid = torch.empty((tokens, parts), dtype=torch.int8, device=device)
+    if not tokens:
         return lse[:, 0], values[:, 0], top[:, 0], at_ids, invalid[:, 0].bool()
     with _on(logits):
-        kernels.stats_kernel[(rows * parts,)](
+        kernels.stats_kernel[(tokens * parts,)](
             logits,
             logits.stride(0),
             real,
@@ -85,16 +85,16 @@ def stats(logits: Tensor, k: int, ids: Tensor, real: int) -> tuple[Tensor, Tenso
 
 def backward(logits: Tensor, log_z: Tensor, ids: Tensor, slope: Tensor, real: int, grad: Tensor) -> None:
     """`topk_loss_backward_` with Triton into `grad`, which may be `logits`; the arguments are checked."""
-    rows, width = logits.shape
+    tokens, width = logits.shape
     if not logits.stride(1) == grad.stride(1) == 1:
         raise ValueError("the Triton kernel writes gradients of contiguous rows; make logits and out contiguous")
-    if not rows or not width:
+    if not tokens or not width:
         return
     tile = min(4096, max(128, triton.next_power_of_2(width)))
     tiles = min(8, -(-width // tile))
     blocks = -(-width // (tile * tiles))
     with _on(logits):
-        kernels.backward_kernel[(rows * blocks,)](
+        kernels.backward_kernel[(tokens * blocks,)](
             logits,
             logits.stride(0),
             grad,

@@ -35,8 +35,8 @@ def _logprob_chunks(
     real = shard.real_columns()
     students = full_precision_chunks(student[:, :real], log_z.dtype, chunk_tokens)
     teachers = full_precision_chunks(teacher[:, :real], log_z.dtype, chunk_tokens)
-    for (rows, s), (_, t) in zip(students, teachers):
-        yield rows, s.sub_(log_z[rows, :1]), t.sub_(log_z[rows, 1:])
+    for (span, s), (_, t) in zip(students, teachers):
+        yield span, s.sub_(log_z[span, :1]), t.sub_(log_z[span, 1:])
 
 
 def _weighted(probability: Tensor, term: Tensor) -> Tensor:
@@ -94,8 +94,8 @@ class _Divergence(torch.autograd.Function):
         local = [local_log_sum_exp(x, shard, options.chunk_tokens).to(dtype) for x in (student, teacher)]
         log_z, _ = combine_log_sum_exp(torch.stack(local, dim=1), shard.group)
         sums = torch.zeros((student.shape[0], 2), dtype=dtype, device=student.device)
-        for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, options.chunk_tokens):
-            sums[rows] = _token_sums(kind, logp, logq, beta)
+        for span, logp, logq in _logprob_chunks(student, teacher, log_z, shard, options.chunk_tokens):
+            sums[span] = _token_sums(kind, logp, logq, beta)
         shard.sum(sums)
         weight = weight.to(dtype)
         ctx.save_for_backward(student, teacher, weight, log_z, sums[:, 1:])
@@ -110,9 +110,9 @@ class _Divergence(torch.autograd.Function):
         grad = student.detach() if options.inplace_backward else torch.empty_like(student)
         scale = (weight * grad_outputs[0].to(weight.dtype))[:, None]
         pruned = (weight == 0)[:, None]
-        for rows, logp, logq in _logprob_chunks(student, teacher, log_z, shard, options.chunk_tokens):
-            chunk = _logit_gradient(kind, logp, logq, mean[rows], beta).mul_(scale[rows])
-            grad[rows, :real] = chunk.masked_fill_(pruned[rows], 0.0)
+        for span, logp, logq in _logprob_chunks(student, teacher, log_z, shard, options.chunk_tokens):
+            chunk = _logit_gradient(kind, logp, logq, mean[span], beta).mul_(scale[span])
+            grad[span, :real] = chunk.masked_fill_(pruned[span], 0.0)
         grad[:, real:] = 0
         return grad, None, None, None, None, None, None
 

@@ -50,14 +50,14 @@ def head_loss(
     check_shape("weight", weight, (ids.shape[0],))
     weight = weight.detach()
 
-    def objective(logprobs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:
+    def objective(logprobs: Tensor, span: slice) -> tuple[Tensor, Tensor]:
         own = logprobs[:, -1]
-        factor = weight[rows] if reweigh is None else weight[rows] * reweigh(own, rows)
+        factor = weight[span] if reweigh is None else weight[span] * reweigh(own, span)
         slope = torch.zeros_like(logprobs)
-        value, slope[:, :compared] = loss.value_and_slope(logprobs[:, :compared], teacher[rows], factor)
+        value, slope[:, :compared] = loss.value_and_slope(logprobs[:, :compared], teacher[span], factor)
         if advantage is not None:
-            value = value - (advantage[rows] * own).sum()
-            slope[:, -1] -= advantage[rows]
+            value = value - (advantage[span] * own).sum()
+            slope[:, -1] -= advantage[span]
         return value, slope
 
     total, logprobs = fused_head_loss(

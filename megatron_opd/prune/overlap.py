@@ -22,8 +22,8 @@ def shared_ids(ids: Tensor, others: Tensor) -> Tensor:
     step = max(1, _PAIRS // max(1, ids.shape[1] * others.shape[1]))
     out = torch.empty(ids.shape, dtype=torch.bool, device=ids.device)
     for start in range(0, ids.shape[0], step):
-        rows = slice(start, start + step)
-        out[rows] = (ids[rows, :, None] == others[rows, None, :]).any(-1)
+        span = slice(start, start + step)
+        out[span] = (ids[span, :, None] == others[span, None, :]).any(-1)
     return out
 
 

@@ -169,23 +169,23 @@ class ReliabilityState:
         """[responses] bool: no reliability left, whatever comes next."""
         return _reliability_of_counts(self.counts, self.w_drop) == 0
 
-    def update(self, overlap: Tensor, mask: Tensor, rows: Tensor | None = None) -> Reliability:
-        """Takes the next segment [b, S] of the responses `rows` [b] (None: of all) and returns its reliability.
+    def update(self, overlap: Tensor, mask: Tensor, responses: Tensor | None = None) -> Reliability:
+        """Takes the next segment [b, S] of `responses` [b] (None: all of them) and returns its reliability.
 
         `effective_length` in the result counts this segment's tokens; the running total is on this object.
         """
-        return self.update_from_events(drift_events(overlap, mask, self.threshold), mask, rows)
+        return self.update_from_events(drift_events(overlap, mask, self.threshold), mask, responses)
 
-    def update_from_events(self, events: Tensor, mask: Tensor, rows: Tensor | None = None) -> Reliability:
+    def update_from_events(self, events: Tensor, mask: Tensor, responses: Tensor | None = None) -> Reliability:
         """As `update`, from drift events [b, S] of any signal."""
         _check_shapes("events", events, mask)
-        rows = torch.arange(len(self.counts), device=self.counts.device) if rows is None else rows
-        if len(rows) != len(events):
-            raise ValueError(f"{len(events)} segments for {len(rows)} responses")
+        responses = torch.arange(len(self.counts), device=self.counts.device) if responses is None else responses
+        if len(responses) != len(events):
+            raise ValueError(f"{len(events)} segments for {len(responses)} responses")
         mask = mask.bool()
         events = events.bool() & mask
-        counts = self.counts[rows, None] + prefix_event_counts(events)
+        counts = self.counts[responses, None] + prefix_event_counts(events)
         result = _from_counts(events, mask, counts, self.w_drop, self.w_base)
-        self.counts[rows] += result.total_events
-        self.effective_length[rows] += result.effective_length
+        self.counts[responses] += result.total_events
+        self.effective_length[responses] += result.effective_length
         return result

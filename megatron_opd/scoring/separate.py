@@ -161,10 +161,10 @@ def _view_of_responses(
     tokens = (predicted >= 0).nonzero()[:, 0]
     predicted = predicted[tokens]
     asked = Candidates.of(rollouts, torch.device("cpu"))[predicted]
-    places, *columns = to_device([tokens, asked.ids, asked.logprobs, asked.sampled], logits.device)
-    fields = _view_in_pieces(logits, places, Candidates(*columns), view)
+    positions, *columns = to_device([tokens, asked.ids, asked.logprobs, asked.sampled], logits.device)
+    fields = _view_in_pieces(logits, positions, Candidates(*columns), view)
     if hidden is not None:
-        fields[HIDDEN] = hidden[places]
+        fields[HIDDEN] = hidden[positions]
     ends = torch.tensor([len(r) for r in rollouts]).cumsum(0)
     held = torch.bucketize(predicted, ends, right=True).bincount(minlength=len(rollouts)).tolist()
     split = {name: column.split(held) for name, column in zip(fields, to_host(list(fields.values())))}

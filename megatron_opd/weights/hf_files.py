@@ -148,7 +148,7 @@ class HFTensors:
         for file_name in sorted(set(placed.values())):
             file = self.directory / file_name
             if not file.exists():
-                tensor = next(name for name, place in placed.items() if place == file_name)
+                tensor = next(name for name, file in placed.items() if file == file_name)
                 raise ModelFileError(f"{file}: missing, although {index.name} places tensor {tensor} there")
             self._add(file, load(file))
         for name, file_name in placed.items():
@@ -211,7 +211,7 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         except ValueError as error:
             raise ModelFileError(f"{file}: not a safetensors file (its header is not JSON)") from error
     header.pop("__metadata__", None)
-    data, found = 8 + length, {}
+    data, tensors_of_file = 8 + length, {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
         if data + end > size:
@@ -223,8 +223,8 @@ def _header(file: Path) -> dict[str, TensorInfo]:
         if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
             wanted = f"{entry['dtype']} {shape}"
             raise ModelFileError(f"{file}: tensor {name} has {end - start} bytes, which is not {wanted}")
-        found[name] = TensorInfo(file, entry["dtype"], shape, data + start)
-    return found
+        tensors_of_file[name] = TensorInfo(file, entry["dtype"], shape, data + start)
+    return tensors_of_file
 
 
 def _unpickle(file: Path) -> dict[str, TensorInfo]:
@@ -247,7 +247,7 @@ class SafetensorsWriter:
     ):
         """Plans the files for `tensors` (name, shape, dtype); none exceeds `max_shard_bytes` unless one tensor does."""
         self.directory = Path(directory)
-        self._place: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
+        self._plan: dict[str, tuple[int, int, tuple[int, ...], torch.dtype]] = {}
         self._files: list[int] = []
         shards: list[dict[str, Any]] = []
         used = max_shard_bytes + 1
@@ -257,9 +257,9 @@ class SafetensorsWriter:
                 shards.append({"__metadata__": {"format": "pt"}})
                 used = 0
             shards[-1][name] = {"dtype": _DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [used, used + size]}
-            self._place[name] = (len(shards) - 1, used, tuple(shape), dtype)
+            self._plan[name] = (len(shards) - 1, used, tuple(shape), dtype)
             used += size
-        self._left = set(self._place)
+        self._left = set(self._plan)
         self._names = [_shard_name(i, len(shards)) for i in range(len(shards))]
         data_start = []
         for name, header in zip(self._names, shards, strict=True):
@@ -269,13 +269,13 @@ class SafetensorsWriter:
             self._put(self._files[-1], len(text).to_bytes(8, "little") + text, 0)
             data_start.append(8 + len(text))
         self._data_start = data_start
-        self.total_bytes = sum(math.prod(shape) * dtype.itemsize for _, _, shape, dtype in self._place.values())
+        self.total_bytes = sum(math.prod(shape) * dtype.itemsize for _, _, shape, dtype in self._plan.values())
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Raises ModelFileError for a tensor that was not planned so, OSError where the disk is full."""
         if name not in self._left:
             raise ModelFileError(f"{name}: written twice or not planned")
-        shard, offset, shape, dtype = self._place[name]
+        shard, offset, shape, dtype = self._plan[name]
         if tuple(tensor.shape) != shape:
             raise ModelFileError(f"{name}: shape {tuple(tensor.shape)}, planned {shape}")
         data = tensor.detach().to("cpu", dtype).contiguous().view(torch.uint8).numpy()
@@ -290,7 +290,7 @@ class SafetensorsWriter:
             os.fsync(file)
         self.close()
         if len(self._names) > 1:
-            weight_map = {name: self._names[place[0]] for name, place in sorted(self._place.items())}
+            weight_map = {name: self._names[plan[0]] for name, plan in sorted(self._plan.items())}
             index = {"metadata": {"total_size": self.total_bytes}, "weight_map": weight_map}
             (self.directory / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
@@ -312,9 +312,9 @@ def _shard_name(i: int, count: int) -> str:
 
 def side_files(directory: str | Path) -> list[Path]:
     """Files that travel with the parameters: configuration, tokenizer, chat template, generation settings, card."""
-    found = {path for pattern in _SIDE_FILES for path in Path(directory).glob(pattern)}
+    paths = {path for pattern in _SIDE_FILES for path in Path(directory).glob(pattern)}
     own = ("state.json", "megatron_opd.json")  # of a run's checkpoint and of a converted directory
-    return sorted(path for path in found if not path.name.endswith(".index.json") and path.name not in own)
+    return sorted(path for path in paths if not path.name.endswith(".index.json") and path.name not in own)
 
 
 def parse_size(text: str) -> int:

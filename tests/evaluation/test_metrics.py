@@ -6,11 +6,11 @@ import itertools
 
 import pytest
 
-from megatron_opd.evaluation.metrics import Answer, bootstrap_interval, majority, pass_at_k, summarize
+from megatron_opd.evaluation.metrics import JudgedResponse, bootstrap_interval, majority, pass_at_k, summarize
 
 
 def answer(uid=0, sample=0, correct=False, extracted="x", length=10, truncated=False, score=None, problem=None):
-    return Answer(
+    return JudgedResponse(
         uid, sample, correct, float(correct) if score is None else score, extracted, length, truncated, problem
     )
 

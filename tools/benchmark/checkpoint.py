@@ -41,15 +41,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layout", choices=LAYOUTS, default="tp2")
     parser.add_argument("--distributed-optimizer", action="store_true")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--answers", type=int, default=16, help="of one step")
-    parser.add_argument("--tokens", type=int, default=256, help="of the longest answer")
+    parser.add_argument("--responses", "--answers", type=int, default=16, help="of one step")
+    parser.add_argument("--tokens", type=int, default=256, help="of the longest response")
     parser.add_argument("--microbatch", type=int, default=4096, help="tokens of one")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--folder", help="where models and checkpoints are written; default: a temporary one")
 
 
 class Saves:
-    """One rank that trains on random answers and saves in either way. The parts of a run that only generation and
+    """One rank that trains on random responses and saves in either way. The parts of a run that only generation and
     scoring need are left out, so that a step is shorter, and saving a larger part of it, than in a run."""
 
     def __init__(self, rank: int, size: int, model: str, teacher: str, folder: str, settings: dict) -> None:
@@ -78,7 +78,7 @@ class Saves:
         config = parse_config(values)
         self.trainer = build_trainer(config, init_distributed(config))
         self.training_step = TrainingStep(self.trainer, config)
-        self.batch = random_batch(settings["answers"], settings["tokens"], 1.0, self.trainer.student.vocab_size, 8)
+        self.batch = random_batch(settings["responses"], settings["tokens"], 1.0, self.trainer.student.vocab_size, 8)
         self.savers: dict[str, Any] = {}
         for mode in MODES[1:]:
             saving = {"asynchronous": mode == "asynchronous", "keep_last": 1, "every": 1}
@@ -128,7 +128,16 @@ class Saves:
 
 def run(options: argparse.Namespace) -> int:
     device = resolve_device(options.device)
-    keys = ("layout", "distributed_optimizer", "precision", "answers", "tokens", "microbatch", "repeats", "qwen_layers")
+    keys = (
+        "layout",
+        "distributed_optimizer",
+        "precision",
+        "responses",
+        "tokens",
+        "microbatch",
+        "repeats",
+        "qwen_layers",
+    )
     settings = {key: getattr(options, key) for key in keys} | {"device": device}
     folder = Path(tempfile.mkdtemp(prefix="benchmark-checkpoint-", dir=options.folder))
     try:

@@ -117,7 +117,7 @@ def _training(bench: Bench, name: str, changes: dict[str, Any], setting: list[An
     optimizer: Any = build_optimizer(student, ddp, config.train) if with_optimizer else NoOptimizer()
     scheduler: Any = build_scheduler(optimizer, config.train) if with_optimizer else NoOptimizer()
     step = TrainingStep(Trainer(student, student, ddp, optimizer, scheduler), config)
-    batch = random_batch(sizes["train_answers"], sizes["train_tokens"], 1.0, student.vocab_size, K)
+    batch = random_batch(sizes["train_responses"], sizes["train_tokens"], 1.0, student.vocab_size, K)
     lengths = kept_tokens(batch)
     losses = []
     peak = bench.peak_bytes(lambda: losses.append(step(batch).loss))
@@ -136,7 +136,7 @@ def _training(bench: Bench, name: str, changes: dict[str, Any], setting: list[An
 
 
 def score(bench: Bench, report: Report) -> None:
-    """The teacher's pass over whole answers."""
+    """The teacher's pass over whole responses."""
     for name in bench.sizes["score"]:
         for label, changes in (COMPARED | BESIDE).items():
             with report.attempt(bench, model=name, precision=label):
@@ -154,7 +154,7 @@ def _scoring(bench: Bench, name: str, changes: dict[str, Any]) -> dict[str, Any]
     for chunk in teacher.chunks:
         chunk.requires_grad_(False)
     held = torch.cuda.memory_allocated() if bench.kind == "cuda" else 0
-    batch = random_batch(sizes["score_answers"], sizes["score_tokens"], 1.0, teacher.vocab_size, K)
+    batch = random_batch(sizes["score_responses"], sizes["score_tokens"], 1.0, teacher.vocab_size, K)
     lengths = kept_tokens(batch)
 
     def work() -> None:

@@ -54,7 +54,7 @@ def _whole_steps(bench: Bench, folder: Path, preset: str) -> dict[str, Any]:
     if preset != "off":
         prune["w_drop"] = 2 / sizes["budget"]
     prompts = EXAMPLE / "prompts" / "train.jsonl"
-    answers = {"prompts_per_step": sizes["prompts"], "responses_per_prompt": sizes["answers"]}
+    responses = {"prompts_per_step": sizes["prompts"], "responses_per_prompt": sizes["responses"]}
     config = config_of(
         bench,
         *directories,
@@ -64,7 +64,7 @@ def _whole_steps(bench: Bench, folder: Path, preset: str) -> dict[str, Any]:
         data={"prompts": str(prompts), "template": "none"},
         eval={"every": 0, "at_end": False},
         checkpoint={"every": 0},
-        train=answers,
+        train=responses,
     )
     with random_weights():
         run = Run(config)
@@ -96,7 +96,7 @@ def fp8(bench: Bench, report: Report) -> None:
                 config = _example(bench, pair, Path(folder), *asked)
                 device, (tokenizer, _) = init_distributed(config), load_tokenizers(config)
                 shift = measure(config, tokenizer, device, *_ways(bench, config, recipe))
-                for row in shift.rows:
+                for row in shift.combinations:
                     report.add(
                         what="shift",
                         pair=pair,
@@ -151,12 +151,12 @@ def _curve_ways(bench: Bench) -> dict[str, list[str]]:
 
 def _curve(bench: Bench, folder: Path, changes: list[str]) -> dict[str, Any]:
     """Loss, reverse KL and overlap of each step of a real run, and its accuracy afterwards (with reasoning-gym, which
-    judges the answers)."""
+    judges the responses)."""
     steps, tokens = bench.sizes["curve_steps"], bench.sizes["curve_tokens"]
     judged = importlib.util.find_spec("reasoning_gym") is not None
     limits = [f"train.steps={steps}", "eval.every=0"]
-    answers = [f"eval.sets.0.limit={bench.sizes['curve_answers']}", f"eval.sets.0.max_tokens={2 * tokens}"]
-    limits += answers if judged else ["eval.sets=[]"]
+    responses = [f"eval.sets.0.limit={bench.sizes['curve_responses']}", f"eval.sets.0.max_tokens={2 * tokens}"]
+    limits += responses if judged else ["eval.sets=[]"]
     loop.train(_example(bench, "drifting", folder, *changes, *_budget(tokens), *limits))
     lines = read_steps(folder / "run" / "metrics.jsonl")
     found: dict[str, Any] = {

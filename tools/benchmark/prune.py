@@ -141,12 +141,12 @@ def _first(values: dict[str, float]) -> float:
 
 
 def _correct(run_dir: Path, step: int) -> dict[int, float]:
-    """Share of correct answers of each prompt in the last evaluation (of the first set)."""
+    """Share of correct responses of each prompt in the last evaluation (of the first set)."""
     name = next(iter(json.loads((run_dir / "eval" / f"step{step}.json").read_text())["accuracy"]))
     found: dict[int, list[float]] = {}
     for line in (run_dir / "eval" / f"{name}-step{step}.jsonl").read_text().splitlines():
-        answer = json.loads(line)
-        found.setdefault(answer["uid"], []).append(float(answer["correct"]))
+        response = json.loads(line)
+        found.setdefault(response["uid"], []).append(float(response["correct"]))
     return {uid: statistics.mean(values) for uid, values in sorted(found.items())}
 
 

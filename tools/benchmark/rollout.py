@@ -22,10 +22,10 @@ from benchmark.common import (
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engines", nargs="+", choices=("megatron", "vllm"), help="(those that are installed)")
-    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="answers of one call")
-    parser.add_argument("--tokens", type=int, default=256, help="of each answer; none ends before")
+    parser.add_argument("--batches", type=int, nargs="+", default=[8, 32, 128], help="responses of one call")
+    parser.add_argument("--tokens", type=int, default=256, help="of each response; none ends before")
     parser.add_argument("--prompt-tokens", type=int, default=48)
-    parser.add_argument("--processes", type=int, default=2, help="data-parallel ranks, which share the answers")
+    parser.add_argument("--processes", type=int, default=2, help="data-parallel ranks, which share the responses")
     parser.add_argument("--model", help="Hugging Face directory; a random one in the shape of the example's by default")
     parser.add_argument("--layers", type=int, default=4, help="of the random model")
     parser.add_argument("--hidden", type=int, default=96, help="of the random model")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Engines:
-    """One rank with one model and both engines on it. No id ends an answer, so all of them have equal lengths."""
+    """One rank with one model and both engines on it. No id ends a response, so all of them have equal lengths."""
 
     def __init__(self, rank: int, size: int, model: str, engines: list[str], settings: dict, device: str) -> None:
         import torch

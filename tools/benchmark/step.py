@@ -30,9 +30,9 @@ LAYOUTS = {
 }
 
 
-def _add_common(parser: argparse.ArgumentParser, answers: int, tokens: int, microbatch: int) -> None:
-    parser.add_argument("--answers", type=int, default=answers, help="of one step")
-    parser.add_argument("--tokens", type=int, default=tokens, help="of the longest answer")
+def _add_common(parser: argparse.ArgumentParser, responses: int, tokens: int, microbatch: int) -> None:
+    parser.add_argument("--responses", "--answers", type=int, default=responses, help="of one step")
+    parser.add_argument("--tokens", type=int, default=tokens, help="of the longest response")
     parser.add_argument("--microbatch", type=int, default=microbatch, help="tokens of one")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=96)
@@ -45,17 +45,17 @@ def _add_common(parser: argparse.ArgumentParser, answers: int, tokens: int, micr
 def add_step_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layouts", nargs="+", choices=LAYOUTS, default=["pp2", "dp2"])
     parser.add_argument("--shares", type=float, nargs="+", default=[100, 50, 25, 10], help="per cent of tokens kept")
-    _add_common(parser, answers=64, tokens=1024, microbatch=2048)
+    _add_common(parser, responses=64, tokens=1024, microbatch=2048)
 
 
 def add_scaling_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--doublings", type=int, default=2, help="of each size, from the base on")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2], help="data-parallel ranks")
-    _add_common(parser, answers=16, tokens=512, microbatch=4096)
+    _add_common(parser, responses=16, tokens=512, microbatch=4096)
 
 
 class Steps:
-    """One rank with a trainer for each model, and batches of random answers."""
+    """One rank with a trainer for each model, and batches of random responses."""
 
     def __init__(self, rank: int, size: int, models: list[str], parallel: dict, settings: dict, device: str) -> None:
         from megatron.core.pipeline_parallel.p2p_communication import P2PCommunicator
@@ -115,9 +115,9 @@ class Steps:
 
             torch.cuda.synchronize()
 
-    def step(self, model: int, answers: int, tokens: int, share: float) -> dict[str, float]:
-        """One step on `answers` answers of tokens / 2 to `tokens` tokens, of each of which `share` is kept."""
-        batch = random_batch(answers, tokens, share, self.settings["vocab"], self.settings["k"])
+    def step(self, model: int, responses: int, tokens: int, share: float) -> dict[str, float]:
+        """One step on `responses` responses of tokens / 2 to `tokens` tokens, of each of which `share` is kept."""
+        batch = random_batch(responses, tokens, share, self.settings["vocab"], self.settings["k"])
         self.idle = 0.0
         seconds, result = clocked(lambda: self.steps[model](batch), self.device)
         if not result.applied:
@@ -125,8 +125,8 @@ class Steps:
         return {"seconds": seconds, "idle": self.idle, "microbatches": result.microbatches}
 
 
-def random_batch(answers: int, tokens: int, share: float, vocab: int, k: int) -> Any:
-    """A ScoredBatch of random answers, the same for equal arguments."""
+def random_batch(responses: int, tokens: int, share: float, vocab: int, k: int) -> Any:
+    """A ScoredBatch of random responses, the same for equal arguments."""
     import torch
 
     from megatron_opd.types import Prompt, Rollout, ScoredBatch, TeacherScores
@@ -137,7 +137,7 @@ def random_batch(answers: int, tokens: int, share: float, vocab: int, k: int) ->
         return torch.randint(vocab, shape, generator=source)
 
     rollouts, scores, kept = [], [], []
-    for i in range(answers):
+    for i in range(responses):
         n = int(torch.randint(tokens // 2, tokens + 1, (1,), generator=source))
         prompt = Prompt(i, "", draw(PROMPT_TOKENS).tolist())
         ids = (draw(n, 1) + torch.arange(k)) % vocab
@@ -148,11 +148,11 @@ def random_batch(answers: int, tokens: int, share: float, vocab: int, k: int) ->
         kept.append(max(1, round(share * n)))
     total = sum(len(r) for r in rollouts)
     weights = [torch.ones(len(r)) for r in rollouts]
-    return ScoredBatch(rollouts, scores, weights, kept, kept, [0] * answers, total)
+    return ScoredBatch(rollouts, scores, weights, kept, kept, [0] * responses, total)
 
 
 def _settings(options: argparse.Namespace, *keys: str) -> dict[str, Any]:
-    common = ("answers", "tokens", "microbatch", "layers", "hidden", "vocab", "k", "precision", "repeats")
+    common = ("responses", "tokens", "microbatch", "layers", "hidden", "vocab", "k", "precision", "repeats")
     return {key: getattr(options, key) for key in (*common, *keys)}
 
 
@@ -167,7 +167,7 @@ def run_step(options: argparse.Namespace) -> int:
             arguments = ([str(model)], parallel, settings, device)
             with ProcessGroup(size, Steps, *arguments, device=device, threads=options.threads) as group:
                 measures = {
-                    share: (lambda s=share: group.call("step", 0, options.answers, options.tokens, s / 100))
+                    share: (lambda s=share: group.call("step", 0, options.responses, options.tokens, s / 100))
                     for share in options.shares
                 }
                 found = alternate(measures, options.repeats)
@@ -186,7 +186,7 @@ def run_step(options: argparse.Namespace) -> int:
                     ]
                 )
     print_table(
-        f"training step, {options.layers} layers, hidden {options.hidden}, {options.answers} answers of "
+        f"training step, {options.layers} layers, hidden {options.hidden}, {options.responses} responses of "
         f"{options.tokens // 2} to {options.tokens} tokens after prompts of {PROMPT_TOKENS}",
         ("layout", "kept", "time: median, quartiles", "of the first", "efficiency", "idle", "micro-batches"),
         rows,
@@ -241,7 +241,7 @@ def run_scaling(options: argparse.Namespace) -> int:
     axes = {
         "layers": [options.layers * f for f in factors],
         "sequence length": [options.tokens * f for f in factors],
-        "batch": [options.answers * f for f in factors],
+        "batch": [options.responses * f for f in factors],
         "data-parallel ranks": options.ranks,
     }
     results, rows = {}, []
@@ -252,7 +252,7 @@ def run_scaling(options: argparse.Namespace) -> int:
         for size, seconds in zip(sizes, times):
             rows.append([axis, str(size), shown(seconds), f"{exponent:.2f}" if size == sizes[-1] else ""])
     print_table(
-        f"training step around {options.layers} layers, {options.answers} answers of {options.tokens // 2} to "
+        f"training step around {options.layers} layers, {options.responses} responses of {options.tokens // 2} to "
         f"{options.tokens} tokens, 1 rank",
         ("what doubles", "size", "time: median, quartiles", "growth exponent"),
         rows,
@@ -264,15 +264,15 @@ def run_scaling(options: argparse.Namespace) -> int:
 def _scaling_measures(options: argparse.Namespace, groups: dict[int, Any], factors: list[int]) -> dict[Any, Any]:
     """One measure per (axis, size)."""
 
-    def measure(ranks: int, model: int, answers: int, tokens: int) -> Any:
-        return lambda: max(r["seconds"] for r in groups[ranks].call("step", model, answers, tokens, 1.0))
+    def measure(ranks: int, model: int, responses: int, tokens: int) -> Any:
+        return lambda: max(r["seconds"] for r in groups[ranks].call("step", model, responses, tokens, 1.0))
 
-    answers, tokens = options.answers, options.tokens
+    responses, tokens = options.responses, options.tokens
     found: dict[Any, Any] = {}
     for i, f in enumerate(factors):
-        found["layers", options.layers * f] = measure(1, i, answers, tokens)
-        found["sequence length", tokens * f] = measure(1, 0, answers, tokens * f)
-        found["batch", answers * f] = measure(1, 0, answers * f, tokens)
+        found["layers", options.layers * f] = measure(1, i, responses, tokens)
+        found["sequence length", tokens * f] = measure(1, 0, responses, tokens * f)
+        found["batch", responses * f] = measure(1, 0, responses * f, tokens)
     for ranks in options.ranks:
-        found["data-parallel ranks", ranks] = measure(ranks, 0, answers, tokens)
+        found["data-parallel ranks", ranks] = measure(ranks, 0, responses, tokens)
     return found

@@ -37,8 +37,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", type=Path, default=EXAMPLE / "models" / "teacher")
     parser.add_argument("--prompts", type=Path, default=EXAMPLE / "prompts" / "train.jsonl")
     parser.add_argument("--prompts-per-step", type=int, default=16)
-    parser.add_argument("--answers-per-prompt", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=256, help="most of one answer, for both")
+    parser.add_argument("--responses-per-prompt", "--answers-per-prompt", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=256, help="most of one response, for both")
     parser.add_argument("--processes", type=int, default=2, help="data-parallel processes of each side")
     parser.add_argument("--presets", nargs="+", default=["off", "in_flight"], help="ours: values of prune.preset")
     parser.add_argument("--k", type=int, default=4, help="candidates of our top-k loss")
@@ -209,7 +209,9 @@ def run(options: argparse.Namespace) -> int:
     device = resolve_device(options.device)
     rows_per_step = options.prompts_per_step * options.responses_per_prompt
     if rows_per_step % options.processes:
-        raise SystemExit(f"--processes {options.processes} must divide {rows_per_step} answers: TRL splits them evenly")
+        raise SystemExit(
+            f"--processes {options.processes} must divide {rows_per_step} responses: TRL splits them evenly"
+        )
     if options.repeats + options.warmup >= MAX_STEPS:
         raise SystemExit(f"--repeats and --warmup together must stay below {MAX_STEPS}")
     python = trl_environment(options.trl_venv, options.trl_version)
@@ -267,7 +269,7 @@ def report(options: argparse.Namespace, found: dict, settings: dict, versions: d
             ]
         )
     print_table(
-        f"whole steps: {settings['rows_per_step']} answers of up to {options.tokens} tokens, {options.processes} "
+        f"whole steps: {settings['rows_per_step']} responses of up to {options.tokens} tokens, {options.processes} "
         f"processes of {options.threads} thread(s), fp32",
         ("trainer", "step: median, quartiles", "tokens", "tokens per second", "of TRL", "steps of TRL", "seconds in"),
         rows,

@@ -105,20 +105,20 @@ def sample(
         scale = ((peaks[rank] - top) / temperature).exp()
         local = _invert(((wide - peak) / temperature).exp(), (target - (ends[rank] - masses[rank])) / scale)
         both = torch.stack([(local + offset).double(), wide.gather(1, local[:, None])[:, 0]], 1)
-        found = torch.where((owner == rank)[:, None], both, 0.0)
+        own = torch.where((owner == rank)[:, None], both, 0.0)
         if size > 1:
-            dist.all_reduce(found, group=group)
-        tokens, chosen = found[:, 0].long(), found[:, 1] - lse
+            dist.all_reduce(own, group=group)
+        tokens, chosen = own[:, 0].long(), own[:, 1] - lse
     kept = sampling.top_logprobs
     return Sampled(tokens, chosen.float(), ids[:, :kept], logprobs[:, :kept].float())
 
 
-def _invert(weights: Tensor, target: Tensor) -> Tensor:
-    """Index [B] at which the running sum of `weights` [B, n] passes `target` [B]; never one of weight 0."""
-    sums = weights.cumsum(-1)
-    place = (sums <= target[:, None]).sum(-1)
-    last = (sums < sums[:, -1:]).sum(-1)  # the first index that completes the sum has positive weight
-    return torch.minimum(place, last)
+def _invert(masses: Tensor, target: Tensor) -> Tensor:
+    """Index [B] at which the running sum of `masses` [B, n] passes `target` [B]; never one of mass 0."""
+    sums = masses.cumsum(-1)
+    index = (sums <= target[:, None]).sum(-1)
+    last = (sums < sums[:, -1:]).sum(-1)  # the first index that completes the sum has positive mass
+    return torch.minimum(index, last)
 
 
 def _sample_filtered(logits: Tensor, sampling: Sampling, u: Tensor) -> Tensor:
@@ -130,17 +130,17 @@ def _sample_filtered(logits: Tensor, sampling: Sampling, u: Tensor) -> Tensor:
         probs /= probs.sum(-1, keepdim=True)
     if sampling.top_p < 1:
         probs[(probs.cumsum(-1) - probs) >= sampling.top_p] = 0
-    place = _invert(probs, u * probs.sum(-1))
-    return order.gather(1, place[:, None])[:, 0]
+    index = _invert(probs, u * probs.sum(-1))
+    return order.gather(1, index[:, None])[:, 0]
 
 
 def _pick(wide: Tensor, tokens: Tensor, offset: int, group: dist.ProcessGroup | None, size: int) -> Tensor:
     local = tokens - offset
     inside = (local >= 0) & (local < wide.shape[1])
-    found = wide.gather(1, local.clamp(0, wide.shape[1] - 1)[:, None])[:, 0].where(inside, wide.new_zeros(()))
+    own = wide.gather(1, local.clamp(0, wide.shape[1] - 1)[:, None])[:, 0].where(inside, wide.new_zeros(()))
     if size > 1:
-        dist.all_reduce(found, group=group)
-    return found
+        dist.all_reduce(own, group=group)
+    return own
 
 
 def _all_gather(mine: Tensor, group: dist.ProcessGroup | None, size: int) -> Tensor:

@@ -1,8 +1,8 @@
 """HTTP to vLLM servers, with the standard library alone: one replica, and the pool of all of them.
 
-A replica generates only while its weight version is the expected one. It is asked for before every answer, on the
-connection that the answer then comes through, so that no restart fits in between, and once more by the answer's end,
-where the server states which version sampled which token.
+A replica generates only while its weight version is the expected one. It is asked for before every response, on the
+connection that the response then comes through, so that no restart fits in between, and once more by its end, where
+the server states which version sampled which token.
 """
 
 from __future__ import annotations
@@ -72,7 +72,7 @@ class Replica:
         return self.call("GET", "/weight_info")["weight_version"]
 
     def stream(self, body: dict[str, Any], version: str) -> Generator[dict[str, Any], None, None]:
-        """Generates one answer; yields vLLM's choices, the last of which has a finish_reason.
+        """Generates one response; yields vLLM's choices, the last of which has a finish_reason.
 
         Closing the iterator ends the generation on the server. Raises ReplicaError where the server dies, stalls for
         longer than the timeout, or does not hold exactly `version`.
@@ -86,7 +86,7 @@ class Replica:
             while True:
                 line = response.readline()
                 if not line:
-                    raise ReplicaError("the connection closed in the middle of an answer")
+                    raise ReplicaError("the connection closed in the middle of a response")
                 if not line.startswith(b"data: {"):
                     continue
                 chunk = json.loads(line[6:])
@@ -117,7 +117,7 @@ class Replica:
         self.end_update(version)
 
     def begin_update(self) -> None:
-        """Ends running answers and withdraws the weight version: half a hand-over must not pass for a whole one."""
+        """Ends running responses and withdraws the weight version: half a hand-over must not pass for a whole one."""
         self.call("POST", "/pause?mode=abort")
         self.call("POST", "/update_weight_version", {"new_version": "incomplete"})
 
@@ -160,18 +160,18 @@ class Replica:
 def _check_versions(choice: dict[str, Any], version: str) -> None:
     spans = choice.get("weight_versions")
     if not spans or any(span["version"] != version for span in spans):
-        raise ReplicaError(f"an answer was sampled by {spans}, not by weight version {version!r}")
+        raise ReplicaError(f"a response was sampled by {spans}, not by weight version {version!r}")
 
 
 class Pool:
     """All replicas: who is free, who is down, and when to try again. Thread-safe."""
 
-    def __init__(self, replicas: list[Replica], places: int):
-        self.replicas, self.places = replicas, places
+    def __init__(self, replicas: list[Replica], slots: int):
+        self.replicas, self.slots = replicas, slots
         self._changed = threading.Condition()
 
     def acquire(self, restore: Callable[[Replica], None], failed: Counter[Replica]) -> Replica | None:
-        """A place on the least loaded of the live replicas that have failed this answer least often, waiting until one
+        """A slot on the least loaded of the live replicas that have failed this response least often, waiting until one
         is free; None where no replica is live.
 
         Replicas that are down and whose time has come are tried first: `restore` checks one, hands it the parameters
@@ -184,7 +184,7 @@ class Pool:
                     live = [r for r in self.replicas if r.live]
                     fewest = min((failed[r] for r in live), default=0)
                     live = [r for r in live if failed[r] == fewest]
-                    free = [r for r in live if r.in_flight < self.places]
+                    free = [r for r in live if r.in_flight < self.slots]
                     if free:
                         replica = min(free, key=lambda r: r.in_flight)
                         replica.in_flight += 1
@@ -205,7 +205,7 @@ class Pool:
             thread.join()
 
     def release(self, replica: Replica, succeeded: bool) -> None:
-        """Gives a place back. An answer that succeeded ends the doubling of the replica's back-off."""
+        """Gives a slot back. A response that succeeded ends the doubling of the replica's back-off."""
         with self._changed:
             replica.in_flight -= 1
             if succeeded:

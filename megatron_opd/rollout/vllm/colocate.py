@@ -50,9 +50,9 @@ _T = TypeVar("_T")
 class VllmColocateEngine(RolloutEngine):
     """See the module's docstring. Construction is collective and takes 10 to 60 s.
 
-    `model_dir` needs the model's config alone. `eos_ids` end an answer and belong to it. `max_model_len` is the longest
-    prompt plus response, unless `config.vllm.max_model_len` gives one. Raises ConfigError where `config.vllm.tensor`
-    does not divide the number of ranks, or where vLLM refuses what the config asks for.
+    `model_dir` needs the model's config alone. `eos_ids` end a response and belong to it. `max_model_len` is the
+    longest prompt plus response, unless `config.vllm.max_model_len` gives one. Raises ConfigError where
+    `config.vllm.tensor` does not divide the number of ranks, or where vLLM refuses what the config asks for.
     """
 
     def __init__(
@@ -126,11 +126,11 @@ class VllmColocateEngine(RolloutEngine):
             while self._llm.has_unfinished_requests():
                 for output in self._llm.step():
                     table = output.prompt_logprobs
-            return [row[token].logprob for row, token in zip(table[1:], tokens[1:], strict=True)]
+            return [candidates[token].logprob for candidates, token in zip(table[1:], tokens[1:], strict=True)]
 
-        rows = self._gather(self._everywhere(run))
+        probes = self._gather(self._everywhere(run))
         names = [f"engine of rank {i * self.config.vllm.tensor}" for i in range(self.engines)]
-        return agreeing_probe(rows, names, self.tolerance)
+        return agreeing_probe(probes, names, self.tolerance)
 
     def sleep(self) -> None:
         if torch.cuda.is_available() and not self._asleep:

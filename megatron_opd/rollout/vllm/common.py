@@ -31,7 +31,7 @@ def refusal(error: ValueError) -> str:
 
 
 def request_seed(seed: int, index: int, position: int = 0) -> int:
-    """The sampler's seed of one answer: the same on every layout, engine and order of completion."""
+    """The sampler's seed of one response: the same on every layout, engine and order of completion."""
     digest = hashlib.blake2b(f"{seed}:{index}:{position}".encode(), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1  # torch generators take a signed 64-bit seed
 
@@ -39,7 +39,7 @@ def request_seed(seed: int, index: int, position: int = 0) -> int:
 def sampling_arguments(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> dict[str, Any]:
     """Keyword arguments of vLLM's SamplingParams; as JSON, the body of a generate request.
 
-    EOS ids are stop tokens, which vLLM keeps in the answer; `ignore_eos` keeps it from adding its own.
+    EOS ids are stop tokens, which vLLM keeps in the response; `ignore_eos` keeps it from adding its own.
     """
     return {
         "max_tokens": sampling.max_tokens,
@@ -66,7 +66,7 @@ def check_requests(requests: Sequence[Request], sampling: Sampling, max_model_le
                 f"than rollout.vllm.max_model_len: {max_model_len}"
             )
     if len({request.index for request in requests}) != len(requests):
-        raise ValueError("two requests have the same index; an index names one answer of the batch")
+        raise ValueError("two requests have the same index; an index names one response of the batch")
 
 
 def buckets(named: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[str, Tensor]]:
@@ -87,9 +87,9 @@ def buckets(named: Iterator[tuple[str, Tensor]], limit: int) -> Iterator[dict[st
         yield bucket
 
 
-def agreeing_probe(rows: list[list[float]], names: Sequence[str], tolerance: float) -> Tensor:
+def agreeing_probe(probes: list[list[float]], names: Sequence[str], tolerance: float) -> Tensor:
     """The first engine's probe [T-1] float32; raises RolloutError where another differs by more than `tolerance`."""
-    values = torch.tensor(rows, dtype=torch.float32)
+    values = torch.tensor(probes, dtype=torch.float32)
     gaps = (values - values[0]).abs().amax(dim=1)
     worst = int(gaps.argmax())
     if not gaps[worst] <= tolerance:  # NaN is not

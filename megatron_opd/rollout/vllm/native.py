@@ -51,7 +51,7 @@ class FanOut:
 
     def world_sizes(self) -> list[int]:
         """Workers of each server."""
-        return [answer["world_size"] for answer in self._all("GET", "/get_world_size", [None] * len(self.replicas))]
+        return [reply["world_size"] for reply in self._all("GET", "/get_world_size", [None] * len(self.replicas))]
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
         """Each server's workers join behind those of the servers before it."""

@@ -47,7 +47,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on; not loopback: needs an API key")
     parser.add_argument("--tensor", type=int, default=1, help="tensor-parallel size")
     parser.add_argument("--max-model-len", type=int, help="longest prompt plus response; default: the model's own")
-    parser.add_argument("--max-batch", type=int, default=256, help="answers in generation at once: rollout.max_batch")
+    parser.add_argument("--max-batch", type=int, default=256, help="responses in generation at once: rollout.max_batch")
     parser.add_argument("--precision", choices=["fp32", "bf16"], default="bf16", help="as student.precision")
     parser.add_argument(
         "--transfer", choices=["auto", "nccl", "ipc", "file"], default="auto", help="rollout.vllm.transfer"

@@ -1,9 +1,9 @@
 """vLLM on servers of their own, started by `python -m megatron_opd.rollout.vllm.serve`, by hand or by a Slurm script.
 
-Rank 0 alone talks to them; what it receives is broadcast. Each answer is one streamed request to the replica with the
-least load. Where a replica dies, its answers start again on another one, with the same seed: the same tokens, up to
+Rank 0 alone talks to them; what it receives is broadcast. Each response is one streamed request to the replica with the
+least load. Where a replica dies, its responses start again on another one, with the same seed: the same tokens, up to
 rounding that differs between machines. What the watcher has already seen stays as it is; should another machine
-disagree with that, the answer goes on behind it with a seed of its own.
+disagree with that, the response goes on behind it with a seed of its own.
 
 Hand-over: `transfer: file` writes safetensors files of at most `rollout.bucket_mb` into a directory that every server
 reads, and keeps those of the newest parameters until the next hand-over, so that a replica that was down gets them
@@ -52,7 +52,7 @@ POLL_S = 0.02  # how long newly finished segments may wait for others, to be sco
 class VllmServerEngine(RolloutEngine):
     """See the module's docstring. Construction is collective and waits up to `server_timeout_s` for all servers.
 
-    `eos_ids` end an answer and belong to it. `max_model_len` is the longest prompt plus response, unless
+    `eos_ids` end a response and belong to it. `max_model_len` is the longest prompt plus response, unless
     `config.vllm.max_model_len` gives one; servers must be started with at least that.
     """
 
@@ -129,18 +129,20 @@ class VllmServerEngine(RolloutEngine):
         }
 
         def ask() -> Tensor:
-            rows, names = [], []
+            probes, names = [], []
             for replica in self.pool.live:
                 try:
                     table = replica.call("POST", "/inference/v1/generate", body)["prompt_logprobs"]
                 except ReplicaError as error:
                     self.pool.mark_down(replica, error)
                     continue
-                rows.append([row[str(token)]["logprob"] for row, token in zip(table[1:], tokens[1:], strict=True)])
+                probes.append(
+                    [entry[str(token)]["logprob"] for entry, token in zip(table[1:], tokens[1:], strict=True)]
+                )
                 names.append(replica.url)
-            if not rows:
+            if not probes:
                 raise RolloutError(f"no vLLM server is left: {self.pool.describe()}")
-            return agreeing_probe(rows, names, self.tolerance)
+            return agreeing_probe(probes, names, self.tolerance)
 
         return self._on_first(ask)
 
@@ -332,8 +334,8 @@ class _Run:
                     self.sampled += len(choice["token_ids"] or ())
                     if self._done(response):
                         return
-                    for row in choice["logprobs"]["content"] if choice["token_ids"] else ():
-                        if not _place(response, position, row):
+                    for entry in choice["logprobs"]["content"] if choice["token_ids"] else ():
+                        if not _put(response, position, entry):
                             response.pinned = response.shown
                             return
                         position += 1
@@ -342,9 +344,9 @@ class _Run:
                         response.finish(END_REASONS[reason])
 
 
-def _place(response: Response, position: int, row: dict[str, Any]) -> bool:
+def _put(response: Response, position: int, entry: dict[str, Any]) -> bool:
     """Puts a token at its position; False where the watcher has seen another one there."""
-    token = row["token_id"]
+    token = entry["token_id"]
     if position < len(response.tokens):
         if response.tokens[position] == token:
             return True
@@ -352,6 +354,6 @@ def _place(response: Response, position: int, row: dict[str, Any]) -> bool:
             response.truncate(response.shown)
             return False
         response.truncate(position)
-    top: Sequence[dict[str, Any]] = row["top_logprobs"]
-    response.append(token, row["logprob"], [c["token_id"] for c in top], [c["logprob"] for c in top])
+    top: Sequence[dict[str, Any]] = entry["top_logprobs"]
+    response.append(token, entry["logprob"], [c["token_id"] for c in top], [c["logprob"] for c in top])
     return True
