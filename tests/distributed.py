@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import pickle
 import random
+import socket
 import sys
 import time
 import traceback
@@ -27,6 +28,19 @@ import torch.distributed as dist
 LIMIT_S = 1800.0  # a hang is ended by then, however slow the machine
 starts: dict[int, int] = {}  # world size -> how many times its processes have been started in this session
 _shared: dict[tuple[int, str], Ranks] = {}
+
+
+def free_port() -> int:
+    """A port that no process listens on, below those that the system gives to connections: one of these could be taken
+    between this call and the server's start."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as probe:
+            try:
+                probe.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def run_distributed(

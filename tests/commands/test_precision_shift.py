@@ -38,7 +38,7 @@ def test_the_comparison_against_its_definition():
         return [[len(set(x.tolist()) & set(y.tolist())) / K for x, y in zip(s, t)] for s, t in pairs]
 
     base = overlaps("a", "a")
-    for row, (own, theirs) in zip(shift.rows, (("a", "a"), ("b", "a"), ("a", "b"), ("b", "b")), strict=True):
+    for row, (own, theirs) in zip(shift.combinations, (("a", "a"), ("b", "a"), ("a", "b"), ("b", "b")), strict=True):
         assert (row.student, row.teacher) == (own, theirs)
         found = overlaps(own, theirs)
         flat = [(x, y) for answer, before in zip(found, base) for x, y in zip(answer, before)]
@@ -51,7 +51,7 @@ def test_the_comparison_against_its_definition():
             assert row.flipped[threshold] == pytest.approx(flipped)
             reliable = [sum(1 - w_drop * sum(e[: t + 1]) > 1e-8 for t in range(len(e))) for e in events]
             assert row.effective_length[threshold] == pytest.approx(sum(reliable) / len(reliable))
-    rates = [[row.event_rate[t] for row in shift.rows] for t in (0.5, 0.6)]
+    rates = [[row.event_rate[t] for row in shift.combinations] for t in (0.5, 0.6)]
     wanted = [t for t, rate in zip((0.5, 0.6), rates) if max(abs(r - rate[0]) for r in rate) <= 0.2]
     assert shift.supported() == wanted
     kept = [len(set(x.tolist()) & set(y.tolist())) / K for s, t in zip(*student.values()) for x, y in zip(s, t)]
@@ -62,7 +62,9 @@ def test_equal_readings_shift_nothing():
     first = readings(0)["a"]
     shift = compare({"a": first, "b": first}, {"a": first, "b": first}, 0.01)
     assert shift.supported() == [0.5, 0.6, 0.7, 0.8, 0.9] and shift.self_overlap == {"student": 1.0, "teacher": 1.0}
-    assert all(row.overlap == 1 and row.changed == 0 and set(row.flipped.values()) == {0.0} for row in shift.rows)
+    assert all(
+        row.overlap == 1 and row.changed == 0 and set(row.flipped.values()) == {0.0} for row in shift.combinations
+    )
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +99,9 @@ def test_two_precisions_of_real_models(run):
     results = run_distributed(2, fp32_beside_bf16, run.config)
     assert results[0] == results[1]
     shift, overlap = results[0]
-    assert shift["rows"][0]["overlap"] == pytest.approx(overlap, abs=1e-6)
+    assert shift["combinations"][0]["overlap"] == pytest.approx(overlap, abs=1e-6)
     assert 100 < shift["tokens"] <= 12 * 24 and 0.9 < shift["self_overlap"]["student"] < 1
-    assert shift["rows"][3]["changed"] > 0
+    assert shift["combinations"][3]["changed"] > 0
 
 
 def the_command(rank: int, world: int, config_file: Path) -> str:

@@ -300,9 +300,9 @@ class Checkout:
         module = re.search(r"-m (megatron_opd\.\S+)", script.read_text())
         if module is None:
             raise ServerFailed(f"{script} starts no module of megatron_opd")
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        with socket.socket() as probe:  # below the ports that the system gives to connections
+            port = secrets.randbelow(12_000) + 20_000
+            probe.bind(("127.0.0.1", port))
         url, log = f"http://127.0.0.1:{port}", self.out / "server.log"
         command = [sys.executable, "-m", module[1], "--model", self._placed("MODELS/student_drift")]
         command += ["--port", str(port), "--precision", "fp32", "--max-batch", "1", "--cpu-cache-mb", "32"]

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -24,7 +23,7 @@ from megatron_opd.rollout.base import Sampling
 from megatron_opd.rollout.vllm.client import Replica
 from megatron_opd.rollout.vllm.common import RolloutError
 from megatron_opd.rollout.vllm.server import VllmServerEngine
-from tests.distributed import LIMIT_S, run_distributed
+from tests.distributed import LIMIT_S, free_port, run_distributed
 from tests.rollout.vllm.tiny import (
     EOS,
     MAX_LEN,
@@ -52,9 +51,7 @@ class Server:
     """One `vllm_serve` process with its children."""
 
     def __init__(self, model: str, folder: Path):
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
+        port = free_port()
         self.url = f"http://127.0.0.1:{port}"
         self.log = folder / f"server-{port}.log"
         environment = {**os.environ, **UNCOMPILED, "MEGATRON_OPD_VLLM_API_KEY": KEY, "OMP_NUM_THREADS": "1"}
