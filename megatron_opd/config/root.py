@@ -65,6 +65,11 @@ class Config(Section):
                 f"score.payload: hidden sends states that loss.kind: {self.loss.kind} does not read; set "
                 "score.payload: topk"
             )
+        if reads == "logits" and self.loss.changes_scores:
+            problems.append(
+                f"loss.kind: {self.loss.kind} reads the teacher's whole distribution; loss.reward_scale and "
+                "loss.proximal change log-probs of candidates: set topk_reverse_kl or sampled_reverse_kl"
+            )
         if self.loss.fused_head and not fused_head:
             problems.append(
                 "loss.fused_head: true works with losses on a few log-probs (topk_reverse_kl, sampled_reverse_kl, a "
@@ -76,6 +81,17 @@ class Config(Section):
                 "models: set loss.fused_head: false"
             )
         return problems
+
+    def group_problems(self) -> list[str]:
+        """What else would set the advantage or the denominator that loss.advantage: group sets."""
+        others = []
+        if self.prune.after_drift == "grpo":
+            others.append("prune.after_drift: grpo; set drop")
+        if self.prune.token_weighting != "none":
+            others.append(f"prune.token_weighting: {self.prune.token_weighting}; set none")
+        if self.rollout.importance_clip is not None:
+            others.append(f"rollout.importance_clip: {self.rollout.importance_clip}; set null")
+        return [f"loss.advantage: group excludes {other}" for other in others]
 
     def reward_problems(self) -> list[str]:
         """Why no reward past the drift point could ever teach anything: what makes all advantages 0."""
@@ -133,6 +149,11 @@ class Config(Section):
                 problems.append("score.mode: fused needs student.precision and teacher.precision to be equal")
             if self.teacher.offload:
                 problems.append("score.mode: fused needs the teacher beside the student; set teacher.offload: false")
+            if self.loss.changes_scores:
+                problems.append(
+                    "loss.reward_scale, loss.proximal and loss.advantage: group need the scores before training; set "
+                    "score.mode: separate"
+                )
             if self.loss.stop == "event":
                 problems.append("loss.stop: event needs the scores before training; set score.mode: separate")
             if self.prune.in_flight:
@@ -144,6 +165,8 @@ class Config(Section):
                     f"prune.token_weighting: {self.prune.token_weighting} needs the whole batch's scores before the "
                     "first micro-batch is trained on; set score.mode: separate"
                 )
+        if self.loss.advantage == "group":
+            problems += self.group_problems()
         if loss := LOSSES.get(self.loss.kind):
             problems += self.loss_problems(loss.reads, loss.fused_head)
         if self.student.parallel.expert > 1 and self.rollout.engine == "megatron":

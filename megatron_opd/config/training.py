@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_opd.config.base import LARGEST_SEED, Count, Fraction, LossName, Positive, Seconds, Section
+from megatron_opd.config.base import LARGEST_SEED, Count, FilePath, Fraction, LossName, Positive, Seconds, Section
 from megatron_opd.plugins import LOSSES
 
 
@@ -29,6 +29,18 @@ class LossConfig(Section):
     """What a stop is to the loss. token: a token as any other. event: the mass of all tokens that end a response, each
     model's own, for models that stop on different ones. auto: event where they do and `score.mode` is separate; the
     choice is printed, and `megatron-opd doctor` measures both."""
+    reward_scale: float = Field(default=1.0, gt=0)
+    """ExOPD: how far to go from `reference` to the teacher, 1 as far as the teacher, 1.25 beyond it. Needs log-probs
+    (topk_reverse_kl, sampled_reverse_kl or your own) and score.mode: separate; docs/methods.md."""
+    reference: FilePath | None = None
+    """The model that `reward_scale` counts from. null: the student as it started, student.model. A directory: one of
+    the teacher's shape, in its layout, that reads its prompts: what the teacher was before its own training, say."""
+    proximal: float | None = Field(default=None, gt=0, le=1)
+    """TOP-D: this share of the teacher's probabilities and the rest of the sampler's is learnt from; 0.1 to 0.3 are
+    published, null and 1 are the teacher alone. Needs what reward_scale needs."""
+    advantage: Literal["token", "group"] = "token"
+    """With sampled_reverse_kl. token: log q - log p at each token. group: TOP-D's, with the mean over the later tokens
+    of the response, standardised over all tokens of a prompt's responses."""
     fused_head: bool = False
     """Student's output layer and loss in one, in chunks of `chunk_tokens`, so that a row's logits are never whole: the
     memory of long rows. For topk_reverse_kl, sampled_reverse_kl and a LogprobLoss of your own with score.mode:
@@ -40,8 +52,27 @@ class LossConfig(Section):
         entry = LOSSES.get(self.kind)
         return {name: getattr(self, name) for name in entry.options} if entry else dict(self.options)
 
+    @property
+    def changes_scores(self) -> bool:
+        """Whether the loss learns from something else than the teacher's own log-probs."""
+        return self.reward_scale != 1 or self.proximal is not None or self.advantage == "group"
+
     @model_validator(mode="after")
     def _check(self) -> LossConfig:
+        if self.reward_scale != 1 and self.proximal is not None:
+            raise ValueError(
+                f"reward_scale: {self.reward_scale} goes beyond the teacher and proximal: {self.proximal} stays before "
+                "it; give one of them"
+            )
+        if self.reference is not None and self.reward_scale == 1:
+            raise ValueError(f"reference: {self.reference} is for a reward_scale other than 1, which is plain OPD")
+        if self.advantage == "group" and self.kind != "sampled_reverse_kl":
+            raise ValueError(f"advantage: group is of sampled tokens; kind: {self.kind}: set sampled_reverse_kl")
+        if self.changes_scores and self.stop == "event":
+            raise ValueError(
+                "stop: event puts the event's log-probs in place of the teacher's, as reward_scale, proximal and "
+                "advantage: group do with others: set stop: token (proximal bounds what a stop is punished by)"
+            )
         if self.options and self.kind in LOSSES:
             raise ValueError(
                 f"options: are for a loss of your own, MODULE:NAME; kind: {self.kind} takes none: {self.options}"

@@ -24,7 +24,7 @@ from megatron_opd.weights.bridge import ModelBridge
 class Model:
     """A model as this rank holds it. What loads, exports, checkpoints, trains or runs one takes this object."""
 
-    name: str  # student or teacher
+    name: str  # student, teacher or reference
     chunks: list[GPTModel]  # one, or one per virtual pipeline stage
     config: TransformerConfig
     layout: Layout

@@ -87,8 +87,10 @@ def step(run: Run) -> dict[str, Any]:
             rewards = run.rewards.add_to(batch, requests)
         if run.stop.event:
             weigh_stops(batch, run.stop.student)
+    with clock.phase("score"):
+        taught = run.taught(batch)
     with clock.phase("train"):
-        result = run.training_step(batch)
+        result = run.training_step(taught)
     budget = run.move_budget(batch.effective_length)
     run.step += 1
     with clock.phase("sync"):

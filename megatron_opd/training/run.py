@@ -24,6 +24,7 @@ from megatron_opd.rollout.factory import check_engine, hf_stream, make_engine
 from megatron_opd.rollout.limits import check_lengths
 from megatron_opd.runtime.guard import Guard
 from megatron_opd.scoring.factory import make_scoring
+from megatron_opd.scoring.targets import make_targets
 from megatron_opd.training.alarms import AlarmWatch
 from megatron_opd.training.bad_steps import dump_bad_step
 from megatron_opd.training.metrics_log import MetricsLog, add_warning, was_reported
@@ -101,6 +102,7 @@ class Run:
         self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
         self.scoring = make_scoring(config, self.engine, self.trainer.teacher)
         self.training_step = TrainingStep(self.trainer, config)
+        self.targets = make_targets(config, self.trainer.reference)
         self.budget = make_budget(config)
         self.totals = Totals()
         self.step = 0
@@ -164,6 +166,12 @@ class Run:
             seed=self.config.train.seed * 1_000_003 + self.step,
             top_logprobs=self.scoring.candidates,
         )
+
+    def taught(self, batch: ScoredBatch) -> ScoredBatch:
+        """The batch to train on: with another target than the teacher's own log-probs, where the config names one."""
+        for target in self.targets:
+            batch = target.of(batch)
+        return batch
 
     def move_budget(self, effective_lengths: list[int]) -> dict[str, Any]:
         """Sets the next step's budget and returns this step's numbers; see prune.budget.rule."""
@@ -261,6 +269,10 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
     student, teacher = trainer.student, trainer.teacher
     check_model_vocabulary(tokenizer, student.vocab_size, config.student.model)
     check_model_vocabulary(tokenizer, teacher.vocab_size, config.teacher.model)
+    if (reference := trainer.reference) is not None and config.loss.reference:
+        check_model_vocabulary(tokenizer, reference.vocab_size, config.loss.reference)
+    if reference is not None:
+        reference.vocab_size = min(m.vocab_size for m in (student, teacher, reference))
     if student.vocab_size == teacher.vocab_size:
         return []
     sizes = f"student.model embeds {student.vocab_size} ids, teacher.model {teacher.vocab_size}"

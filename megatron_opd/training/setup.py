@@ -19,7 +19,7 @@ from megatron_opd.models.build import build_model, check_layout
 from megatron_opd.models.fp8 import fuse_gradient_accumulation
 from megatron_opd.models.model import Model
 from megatron_opd.models.specs import refuse_foreign_apex
-from megatron_opd.parallel.groups import student_layout, teacher_layout
+from megatron_opd.parallel.groups import Layout, student_layout, teacher_layout
 
 
 @dataclass
@@ -31,6 +31,7 @@ class Trainer:
     ddp: list[DistributedDataParallel]  # the student's chunks, wrapped
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
+    reference: Model | None = None  # that loss.reward_scale counts from
 
     @property
     def learning_rate(self) -> float:
@@ -84,7 +85,25 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
         teacher.move(torch.device("cpu"))
     ddp = wrap_ddp(student, config.train)
     optimizer = build_optimizer(student, ddp, config.train)
-    return Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train))
+    reference = build_reference(config, layouts, device) if config.loss.reward_scale != 1 else None
+    return Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train), reference)
+
+
+def build_reference(config: Config, layouts: tuple[Layout, Layout], device: torch.device) -> Model:
+    """The frozen model of loss.reference: the student as it started in the student's layout, or another one in the
+    teacher's. With teacher.offload it is kept in host memory, too."""
+    if config.loss.reference is None:
+        plain = config.student.model_copy(update={"fp8": None, "fp8_params": False, "recompute": "none"})
+        reference = build_model("reference", plain, layouts[0], device)
+    else:
+        other = config.teacher.model_copy(update={"model": config.loss.reference})
+        reference = build_model("reference", other, layouts[1], device)
+    for chunk in reference.chunks:
+        chunk.requires_grad_(False)
+    if config.teacher.offload:
+        reference.offload = True
+        reference.move(torch.device("cpu"))
+    return reference
 
 
 def wrap_ddp(student: Model, train: TrainConfig) -> list[DistributedDataParallel]:

@@ -32,6 +32,18 @@ METHODS = {
         "prune.token_weighting=tests.extending.own_weighting:FirstTokens",
         "prune.token_weighting_options={count: 5}",
     ),
+    "sampled": ("prune.preset=off", "loss.kind=sampled_reverse_kl"),
+    "exopd": ("prune.preset=off", "loss.kind=sampled_reverse_kl", "loss.reward_scale=1.25"),
+    "exopd_in_flight": ("prune.preset=in_flight", "loss.reward_scale=1.25", "prune.segment=4"),
+    "exopd_from_teacher": ("prune.preset=off", "loss.reward_scale=1.25", "loss.reference=FOLDER/teacher"),
+    "proximal": ("prune.preset=off", "loss.proximal=0.2"),
+    "top_d": (
+        "prune.preset=off",
+        "loss.kind=sampled_reverse_kl",
+        "loss.proximal=0.2",
+        "loss.advantage=group",
+        "loss.fused_head=true",
+    ),
     "iw_in_flight": ("prune.preset=in_flight", "prune.token_weighting=iw", "prune.segment=4"),
 }
 SHORT = {"train": {"steps": 3, "warmup_steps": 0}, "checkpoint": {"every": 0}}
@@ -102,3 +114,22 @@ def test_tip_trains_on_the_tokens_with_more_to_learn(runs):
 def test_a_weighting_of_ones_own(runs):
     line = runs[1, "tp1", "own"][0]
     assert line["tokens_weighted"] == line["tokens_trained"] == 4 * 5  # of four responses, nothing behind is sent on
+
+
+def test_exopd_begins_with_a_multiple_of_the_teachers_reward(runs):
+    """At the first step the reference is the student: A = 1.25 (log q - log p)."""
+    plain, beyond = runs[1, "tp1", "sampled"], runs[1, "tp1", "exopd"]
+    assert beyond[0]["loss"] == pytest.approx(1.25 * plain[0]["loss"], rel=1e-4)
+    assert beyond[0]["grad_norm"] == pytest.approx(1.25 * plain[0]["grad_norm"], rel=1e-4)
+    assert beyond[2]["loss"] != pytest.approx(1.25 * plain[2]["loss"], rel=1e-3)  # the reference has stayed
+    assert beyond[0]["reverse_kl"] == plain[0]["reverse_kl"]  # to the teacher itself
+
+
+def test_exopd_from_the_teacher_is_plain_distillation(runs):
+    for one, other in zip(runs[1, "tp1", "off"], runs[1, "tp1", "exopd_from_teacher"], strict=True):
+        assert other["loss"] == pytest.approx(one["loss"], rel=1e-3)
+
+
+def test_a_proximal_teacher_asks_for_less(runs):
+    plain, proximal = runs[1, "tp1", "off"][0], runs[1, "tp1", "proximal"][0]
+    assert 0 < proximal["loss"] < 0.25 * plain["loss"]  # log(a r + 1 - a) > a log r, and -log(1 - a) at most
