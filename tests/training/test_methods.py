@@ -32,11 +32,8 @@ METHODS = {
         "prune.token_weighting=tests.extending.own_weighting:FirstTokens",
         "prune.token_weighting_options={count: 5}",
     ),
-    "sampled": ("prune.preset=off", "loss.kind=sampled_reverse_kl"),
     "exopd": ("prune.preset=off", "loss.kind=sampled_reverse_kl", "loss.reward_scale=1.25"),
     "exopd_in_flight": ("prune.preset=in_flight", "loss.reward_scale=1.25", "prune.segment=4"),
-    "exopd_from_teacher": ("prune.preset=off", "loss.reward_scale=1.25", "loss.reference=FOLDER/teacher"),
-    "proximal": ("prune.preset=off", "loss.proximal=0.2"),
     "top_d": (
         "prune.preset=off",
         "loss.kind=sampled_reverse_kl",
@@ -45,6 +42,11 @@ METHODS = {
         "loss.fused_head=true",
     ),
     "iw_in_flight": ("prune.preset=in_flight", "prune.token_weighting=iw", "prune.segment=4"),
+}
+ALONE = {  # on one process
+    "sampled": ("prune.preset=off", "loss.kind=sampled_reverse_kl"),
+    "exopd_from_teacher": ("prune.preset=off", "loss.reward_scale=1.25", "loss.reference=FOLDER/teacher"),
+    "proximal": ("prune.preset=off", "loss.proximal=0.2"),
 }
 SHORT = {"train": {"steps": 3, "warmup_steps": 0}, "checkpoint": {"every": 0}}
 
@@ -61,7 +63,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str],
         cases = {
             (size, layout, method): Case(f"{size}_{layout}_{method}", (*where, *what))
             for layout, where in layouts.items()
-            for method, what in METHODS.items()
+            for method, what in (METHODS | (ALONE if size == 1 else {})).items()
         }
         outcomes: list[Outcome] = run_distributed(size, run_cases, run.folder, list(cases.values()), timeout=600)[0]
         for (key, case), outcome in zip(cases.items(), outcomes):
