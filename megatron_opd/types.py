@@ -12,6 +12,7 @@ reliability           1 minus the price of all events so far, never below 0, nev
 prune weight          what a position's loss is multiplied with; a bare "weight" never means model parameters
 effective length      number of response positions with reliability left
 budget                the cap on generated tokens of the next step
+row                   several sequences packed end to end: what one micro-batch of a schedule runs
 
 Letters in shapes: T tokens of one response, K candidates, B responses.
 """

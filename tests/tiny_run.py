@@ -8,9 +8,11 @@ run.metrics()                         its metrics.jsonl, without the keys that a
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -96,15 +98,24 @@ class TinyRun:
         return (self.folder / "output.txt").read_text()
 
     def metrics(self, run_dir: Path | None = None) -> list[dict[str, Any]]:
-        """One dict a step, without times."""
-        lines = ((run_dir or self.run_dir) / "metrics.jsonl").read_text().splitlines()
-        return [{k: v for k, v in json.loads(line).items() if not k.endswith("_s")} for line in lines]
+        """One dict a step, without times. Every key must stand in the documentation, whatever run writes it."""
+        steps = [json.loads(line) for line in ((run_dir or self.run_dir) / "metrics.jsonl").read_text().splitlines()]
+        unknown = {key for step in steps for key in step} - documented()
+        assert not unknown, f"no page of docs/ says what these metrics are: {sorted(unknown)}"
+        return [{k: v for k, v in step.items() if not k.endswith("_s")} for step in steps]
 
     def steps_logged(self) -> int:
         try:
             return len((self.run_dir / "metrics.jsonl").read_text().splitlines())
         except FileNotFoundError:
             return 0
+
+
+@functools.cache
+def documented() -> set[str]:
+    """What stands between backticks on the pages of docs/."""
+    pages = (Path(__file__).parents[1] / "docs").rglob("*.md")
+    return {name for page in pages for name in re.findall(r"`(\w+)`", page.read_text(encoding="utf-8"))}
 
 
 @dataclass(frozen=True)

@@ -19,9 +19,9 @@ from megatron_opd.models.packed import KVCache, PackedRow, decode_row, prefill_r
 class CachedForward:
     """One model's running sequences. All ranks of the model's pipeline make the same calls in the same order."""
 
-    def __init__(self, model: Model, places: int) -> None:
+    def __init__(self, model: Model, slots: int) -> None:
         self.model = model
-        self.cache = KVCache(places)
+        self.cache = KVCache(slots)
         self._rows: Tensor | slice | None = None
 
     @contextmanager
@@ -49,19 +49,19 @@ class CachedForward:
                 chunk.train(was_training)
 
     def prefill(
-        self, tokens: Tensor, lengths: list[int], starts: list[int], places: list[int], rows: Tensor | None
+        self, tokens: Tensor, lengths: list[int], starts: list[int], slots: list[int], rows: Tensor | None
     ) -> Tensor | None:
-        """Runs `tokens` [T] (sequences of `lengths`, continuing at `starts`, cached at `places`).
+        """Runs `tokens` [T] (sequences of `lengths`, continuing at `starts`, cached at `slots`).
 
         Returns:
             On the last stage the logits [R, vocab / tp] of the tokens named by `rows` [R] (all where None); None
             elsewhere.
         """
-        row = prefill_row(lengths, starts, places, self.cache, self.model.device, self._padding(tokens))
+        row = prefill_row(lengths, starts, slots, self.cache, self.model.device, self._padding(tokens))
         return self._forward(tokens, row, rows)
 
     def decode(self, tokens: Tensor, cached_length: Tensor, longest: int) -> Tensor | None:
-        """Runs one token [B] for each sequence at places 0..B-1, whose lengths [B], at most `longest`, count it ->
+        """Runs one token [B] for each sequence at slots 0..B-1, whose lengths [B], at most `longest`, count it ->
         [B, vocab / tp]."""
         return self._forward(tokens, decode_row(cached_length, longest, self.cache, self._padding(tokens)), None)
 

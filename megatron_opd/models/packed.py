@@ -1,7 +1,7 @@
 """Rows of packed tokens: the one form in which tokens go through a model, in training, scoring and generation.
 
 A row holds several sequences one after the other, without padding: tokens [1, T], hidden states [T, 1, hidden]. It
-says where each sequence begins, which position each token has in its own sequence, and, in generation, which place of
+says where each sequence begins, which position each token has in its own sequence, and, in generation, which slot of
 a key/value cache belongs to it. `PackedAttention` is the attention core that reads it; Transformer Engine's core reads
 the same row through its THD fields. Under context parallelism each rank holds a part of every sequence of a row
 (`parallel/context.py`); rows with a cache are never split.
@@ -31,19 +31,19 @@ _MASKED_QUERIES = 512  # queries behind earlier keys need a mask: for so many of
 
 
 class KVCache:
-    """Keys and values of running sequences, a place per sequence: [places, kv heads / tp, positions, head dim].
+    """Keys and values of running sequences, a slot per sequence: [slots, kv heads / tp, positions, head dim].
 
     Grows in positions as needed. Layers are addressed by their global, 1-based number.
     """
 
-    def __init__(self, places: int, positions: int = 256) -> None:
-        self.places, self.positions = places, positions
+    def __init__(self, slots: int, positions: int = 256) -> None:
+        self.slots, self.positions = slots, positions
         self._layers: dict[int, tuple[Tensor, Tensor]] = {}
 
     def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
         """The two buffers of a layer; made on first use with the dtype, heads and head size of `like` [T, h, d]."""
         if number not in self._layers:
-            shape = (self.places, like.shape[1], self.positions, like.shape[2])
+            shape = (self.slots, like.shape[1], self.positions, like.shape[2])
             self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
         return self._layers[number]
 
@@ -58,7 +58,7 @@ class KVCache:
         self.positions = grown
 
     def move(self, source: int, target: int, length: int) -> None:
-        """Copies one sequence's `length` positions to another place."""
+        """Copies one sequence's `length` positions to another slot."""
         for keys, values in self._layers.values():
             keys[target, :, :length] = keys[source, :, :length]
             values[target, :, :length] = values[source, :, :length]
@@ -72,12 +72,12 @@ class PackedRow(PackedSeqParams):
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence in this row, T in all
     context: tuple[int, int] = (0, 1)  # context-parallel rank and size
     cache: KVCache | None = None
-    places: list[int] = field(default_factory=list)  # cache place of each sequence
+    slots: list[int] = field(default_factory=list)  # cache slot of each sequence
     starts: list[int] = field(default_factory=list)  # position of each sequence's first token in this row
     padding: int = 0  # tokens at the row's end that belong to no sequence: FP8 wants whole blocks; with a cache only
-    cached_length: Tensor | None = None  # decode: [B] int64 lengths, this row's token included, at places 0..B-1
+    cached_length: Tensor | None = None  # decode: [B] int64 lengths, this row's token included, at slots 0..B-1
     _keep: Tensor | None = None  # decode: [B, 1, 1, longest] bool, which cached positions a token may see
-    _held: Tensor | None = None  # [T / cp] int64, places in the row of the tokens that this rank holds
+    _held: Tensor | None = None  # [T / cp] int64, positions in the row of the tokens that this rank holds
     _order: Tensor | None = None  # [T] int64, where each of the row's tokens lies in all ranks' parts
 
     def take(self, values: Tensor) -> Tensor:
@@ -125,9 +125,9 @@ def pack_row(lengths: list[int], device: torch.device, thd: bool, context: tuple
 
 
 def prefill_row(
-    lengths: list[int], starts: list[int], places: list[int], cache: KVCache, device: torch.device, padding: int = 0
+    lengths: list[int], starts: list[int], slots: list[int], cache: KVCache, device: torch.device, padding: int = 0
 ) -> PackedRow:
-    """A row whose tokens continue cached sequences (or begin them, start 0) at the given places."""
+    """A row whose tokens continue cached sequences (or begin them, start 0) at the given slots."""
     longest = max(s + n for s, n in zip(starts, lengths))
     cache.reserve(longest)
     positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)])
@@ -138,14 +138,14 @@ def prefill_row(
         lengths=lengths,
         cache=cache,
         positions=zero_pad(positions, (0, padding)).to(device),
-        places=places,
+        slots=slots,
         starts=starts,
         padding=padding,
     )
 
 
 def decode_row(cached_length: Tensor, longest: int, cache: KVCache, padding: int = 0) -> PackedRow:
-    """One new token for each of the sequences at places 0..B-1; `cached_length` [B] counts it, `longest` is its
+    """One new token for each of the sequences at slots 0..B-1; `cached_length` [B] counts it, `longest` is its
     maximum, which the host knows without asking the device."""
     cache.reserve(longest)
     return PackedRow(
@@ -294,12 +294,12 @@ class PackedAttention(MegatronModule):
         keys, values = row.cache.layer(self.layer_number, key)
         outs = []
         parts = (x.split(row.lengths) for x in (query, key, value))
-        for q, k, v, start, place in zip(*parts, row.starts, row.places):
+        for q, k, v, start, slot in zip(*parts, row.starts, row.slots):
             end = start + q.shape[0]
-            keys[place, :, start:end] = k.transpose(0, 1)
-            values[place, :, start:end] = v.transpose(0, 1)
+            keys[slot, :, start:end] = k.transpose(0, 1)
+            values[slot, :, start:end] = v.transpose(0, 1)
             if start:
-                k, v = keys[place, :, :end].transpose(0, 1), values[place, :, :end].transpose(0, 1)
+                k, v = keys[slot, :, :end].transpose(0, 1), values[slot, :, :end].transpose(0, 1)
             outs.append(self._attend(q, k, v, start))
         return torch.cat(outs)
 

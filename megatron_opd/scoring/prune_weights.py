@@ -16,7 +16,7 @@ from megatron_opd.types import Rollout, ScoredBatch, TeacherScores
 def assign_prune_weights(
     rollouts: list[Rollout], scores: list[TeacherScores], prune: PruneConfig, signal: DriftSignal
 ) -> ScoredBatch:
-    """Applies the method to one step's responses (method.md, items 2 to 5).
+    """Applies the method to one step's responses (docs/method.md, items 2 to 5).
 
     With `cut: reliability` positions behind the effective length are not kept, but the loss's denominator counts them.
     Without scores (score.mode: fused) every position has weight 1 until the training pass has made the scores.

@@ -1,8 +1,8 @@
 """Generation by the training ranks themselves: Megatron-Core's layers with a key/value cache.
 
 Each replica of the student (context-parallel ranks are replicas here: no sequence is split) takes every replicas-th
-request and keeps up to `max_batch` answers running; a finished answer's place goes to the next waiting request. Works
-in the student's own tensor and pipeline layout, with the trainer's own parameters, so nothing is handed over.
+request and keeps up to `max_batch` responses running; a finished response's slot goes to the next waiting request.
+Works in the student's own tensor and pipeline layout, with the trainer's own parameters, so nothing is handed over.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _REASONS = {_EOS: END_EOS, _LENGTH: END_LENGTH}
 
 
 class MegatronEngine(RolloutEngine):
-    """See the module's docstring. `eos_ids` end an answer and belong to it."""
+    """See the module's docstring. `eos_ids` end a response and belong to it."""
 
     def __init__(self, model: Model, eos_ids: set[int], max_batch: int) -> None:
         self.model = model
@@ -99,7 +99,7 @@ def _segment(request: Request, parts: list[Fields]) -> Segment:
 
 
 class _Batch:
-    """One replica's running answers, at cache places 0..B-1. Every rank of the replica holds the same lengths and
+    """One replica's running responses, at cache slots 0..B-1. Every rank of the replica holds the same lengths and
     tokens; what the last stage sampled is known there alone until `collect` hands it out."""
 
     def __init__(self, engine: MegatronEngine, requests: list[Request], sampling: Sampling) -> None:
@@ -110,38 +110,38 @@ class _Batch:
         device = engine.model.device
         self.indices = torch.tensor([r.index for r in requests], dtype=torch.int64, device=device)
         self.prompts = torch.tensor([len(r.prompt.tokens) for r in requests], dtype=torch.int64, device=device)
-        self.who = torch.empty(0, dtype=torch.int64, device=device)  # [B] local request of each place
+        self.request = torch.empty(0, dtype=torch.int64, device=device)  # [B] local request of each slot
         self.last = torch.empty(0, dtype=torch.int64, device=device)  # [B] newest token, not yet cached
-        self.made = torch.empty(0, dtype=torch.int64, device=device)  # [B] response tokens so far
-        self.lengths: list[int] = []  # [B] tokens of each place's prompt and response, known without asking the device
+        self.generated = torch.empty(0, dtype=torch.int64, device=device)  # [B] response tokens so far
+        self.lengths: list[int] = []  # [B] tokens of each slot's prompt and response, known without asking the device
         self.state = torch.zeros(len(requests), dtype=torch.int64, device=device)
         self.sampled = 0  # tokens, so far
         self.records: list[tuple[Tensor, Sampled]] = []  # since the last `collect`
 
     def run(self, steps: int | None) -> None:
-        """Generates up to `steps` tokens for every running answer (None: until all have ended)."""
+        """Generates up to `steps` tokens for every running response (None: until all have ended)."""
         while steps is None or steps > 0:
-            if not self.who.numel() and not self.waiting:
+            if not self.request.numel() and not self.waiting:
                 return
-            if self.who.numel():
+            if self.request.numel():
                 self._decode()
                 if steps is not None:
                     steps -= 1
             self._admit()
 
     def stop(self, local: set[int]) -> None:
-        """Drops running answers."""
+        """Drops running responses."""
         if local:
-            self._drop(torch.isin(self.who, torch.tensor(sorted(local), device=self.who.device)).tolist())
+            self._drop(torch.isin(self.request, torch.tensor(sorted(local), device=self.request.device)).tolist())
 
     def collect(self) -> list[tuple[int, Fields]]:
-        """New tokens of every answer that has any, since the last call; empty where results are not owned."""
+        """New tokens of every response that has any, since the last call; empty where results are not owned."""
         records, self.records = self.records, []
         if not records or not self.model.layout.owns_results:
             return []
-        who = torch.cat([w for w, _ in records])
-        order = who.argsort(stable=True)  # records come in time order
-        locals_, counts = who[order].unique_consecutive(return_counts=True)
+        request = torch.cat([indices for indices, _ in records])
+        order = request.argsort(stable=True)  # records come in time order
+        locals_, counts = request[order].unique_consecutive(return_counts=True)
         columns = {
             "tokens": torch.cat([s.tokens for _, s in records])[order],
             "logprobs": torch.cat([s.logprobs for _, s in records])[order],
@@ -155,12 +155,12 @@ class _Batch:
         ]
 
     def _decode(self) -> None:
-        cached = self.prompts[self.who] + self.made
-        self._take(self.forward.decode(self.last, cached, max(self.lengths)), self.who, self.made)
+        cached = self.prompts[self.request] + self.generated
+        self._take(self.forward.decode(self.last, cached, max(self.lengths)), self.request, self.generated)
 
     def _admit(self) -> None:
-        """Prefills waiting prompts into free places."""
-        free = self.forward.cache.places - self.who.numel()
+        """Prefills waiting prompts into free slots."""
+        free = self.forward.cache.slots - self.request.numel()
         new = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
         if not new:
             return
@@ -169,50 +169,50 @@ class _Batch:
         device = self.model.device
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
         tokens = torch.tensor([t for p in prompts for t in p], device=device)
-        places = list(range(self.who.numel(), self.who.numel() + len(new)))
-        logits = self.forward.prefill(tokens, lengths, [0] * len(new), places, ends)
-        who = torch.tensor(new, device=device)
-        zeros = torch.zeros_like(who)
-        self.who = torch.cat([self.who, who])
+        slots = list(range(self.request.numel(), self.request.numel() + len(new)))
+        logits = self.forward.prefill(tokens, lengths, [0] * len(new), slots, ends)
+        request = torch.tensor(new, device=device)
+        zeros = torch.zeros_like(request)
+        self.request = torch.cat([self.request, request])
         self.last = torch.cat([self.last, zeros])
-        self.made = torch.cat([self.made, zeros])
+        self.generated = torch.cat([self.generated, zeros])
         self.lengths += lengths
-        self._take(logits, who, zeros, first=places[0])
+        self._take(logits, request, zeros, first=slots[0])
 
-    def _take(self, logits: Tensor | None, who: Tensor, position: Tensor, first: int = 0) -> None:
-        """Samples the next token of the answers at places from `first` on and drops those that end."""
-        tokens = torch.empty_like(who)
-        self.sampled += who.numel()
+    def _take(self, logits: Tensor | None, request: Tensor, position: Tensor, first: int = 0) -> None:
+        """Samples the next token of the responses at slots from `first` on and drops those that end."""
+        tokens = torch.empty_like(request)
+        self.sampled += request.numel()
         groups = self.model.layout.groups
         if logits is not None:
-            sampled = sample(logits, self.sampling, self.indices[who], position, self.model.vocab_size, groups.tp)
+            sampled = sample(logits, self.sampling, self.indices[request], position, self.model.vocab_size, groups.tp)
             tokens = sampled.tokens.contiguous()  # gloo sends memory in order, whatever the strides
-            self.records.append((who, sampled))
+            self.records.append((request, sampled))
         if groups.pp.size() > 1:
             dist.broadcast(tokens, dist.get_global_rank(groups.pp, groups.pp.size() - 1), group=groups.pp)
         self.last[first:] = tokens
-        self.made[first:] += 1
+        self.generated[first:] += 1
         self.lengths[first:] = [length + 1 for length in self.lengths[first:]]
         ended = torch.isin(tokens, self.eos)
-        full = self.made[first:] >= self.sampling.max_tokens
-        self.state[who] = torch.where(ended, _EOS, torch.where(full, _LENGTH, _RUNNING))
+        full = self.generated[first:] >= self.sampling.max_tokens
+        self.state[request] = torch.where(ended, _EOS, torch.where(full, _LENGTH, _RUNNING))
         self._drop([False] * first + (ended | full).tolist())  # the one time in a step that the host waits
 
-    def _drop(self, gone: list[bool]) -> None:
-        """Frees places; the last ones move into the holes, so that running answers stay in front."""
-        if not any(gone):
+    def _drop(self, dropped: list[bool]) -> None:
+        """Frees slots; the last ones move into the holes, so that running responses stay in front."""
+        if not any(dropped):
             return
-        order = list(range(len(gone)))
-        holes = [slot for slot, dropped in enumerate(gone) if dropped]
-        gone_set = set(holes)
+        order = list(range(len(dropped)))
+        holes = [slot for slot, drop in enumerate(dropped) if drop]
+        dropped_slots = set(holes)
         for hole in holes:
-            while order and order[-1] in gone_set and len(order) - 1 >= hole:
+            while order and order[-1] in dropped_slots and len(order) - 1 >= hole:
                 order.pop()
             if hole >= len(order):
                 break
             mover = order.pop()
             self.forward.cache.move(mover, hole, self.lengths[mover])
             order[hole] = mover
-        keep = torch.tensor(order, dtype=torch.int64, device=self.who.device)
-        self.who, self.last, self.made = self.who[keep], self.last[keep], self.made[keep]
+        keep = torch.tensor(order, dtype=torch.int64, device=self.request.device)
+        self.request, self.last, self.generated = self.request[keep], self.last[keep], self.generated[keep]
         self.lengths = [self.lengths[slot] for slot in order]
