@@ -52,7 +52,7 @@ class Prompt:
 class Rollout:
     """One generated response with the sampler's view of it.
 
-    `index` is the place in the global batch (prompt-major: prompt * responses_per_prompt + number); it seeds
+    `index` is its position in the global batch (prompt-major: prompt * responses_per_prompt + number); it seeds
     the sampler, so the same index gives the same tokens on every layout.
     """
 

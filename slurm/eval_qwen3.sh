@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=slurm-%x-%j.out
-# Evaluates a checkpoint; an interrupted evaluation goes on from the answers that it has.
+# Evaluates a checkpoint; an interrupted evaluation goes on from the responses that it has.
 #
 #   sbatch slurm/eval_qwen3.sh                                    the newest checkpoint of RUN_DIR
 #   CHECKPOINT=DIR sbatch --nodes=4 slurm/eval_qwen3.sh           a Hugging Face, converted or run checkpoint
@@ -39,6 +39,6 @@ prepare "$@"
 CHECKPOINT=${CHECKPOINT:-$(newest_checkpoint)}
 [[ -e $CHECKPOINT ]] || stop 2 "no checkpoint in $RUN_DIR/checkpoints: set CHECKPOINT"
 say "evaluating $CHECKPOINT"
-MIN_FREE_GB=${MIN_FREE_GB:-1} preflight   # answers and numbers are all that it writes
+MIN_FREE_GB=${MIN_FREE_GB:-1} preflight   # responses and numbers are all that it writes
 run_command eval "$CONFIG" --checkpoint "$CHECKPOINT" "run_dir=$RUN_DIR" "${GIVEN[@]}"
 finish

@@ -174,7 +174,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
     parser.add_argument("--quick", action="store_true", help="two steps of each run, to see that everything works")
-    parser.add_argument("--in-flight", action="store_true", help="also stop answers while they are generated")
+    parser.add_argument("--in-flight", action="store_true", help="also stop responses while they are generated")
     options, overrides = parser.parse_known_args()
     presets = ["off", "paper", "in_flight"] if options.in_flight else ["off", "paper"]
     out = options.out.resolve()

@@ -20,8 +20,8 @@ MAX_TOKENS = 400
 
 
 @torch.no_grad()
-def answers(directory: Path, prompts: list[str], sample: bool) -> list[str]:
-    """One answer for each prompt, cut after MAX_TOKENS."""
+def responses(directory: Path, prompts: list[str], sample: bool) -> list[str]:
+    """One response to each prompt, cut after MAX_TOKENS."""
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(directory / "tokenizer.model"))
     model = Qwen3ForCausalLM.from_pretrained(directory, dtype=torch.float32)
     rows = [tokenizer.encode(prompt) for prompt in prompts]
@@ -46,7 +46,7 @@ def main() -> None:
         for sample in (False, True):
             torch.manual_seed(0)
             correct = 0
-            for text, row in zip(answers(directory, [row["prompt"] for row in rows], sample), rows):
+            for text, row in zip(responses(directory, [row["prompt"] for row in rows], sample), rows):
                 boxed = re.findall(r"\\boxed\{([^}]*)\}", text)
                 correct += bool(boxed) and score(boxed[-1], row) == 1.0
             shares.append(correct / len(rows))

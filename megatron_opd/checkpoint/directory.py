@@ -95,7 +95,7 @@ def remove_partial(root: Path) -> list[str]:
 
 
 def seal(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Everything to disk, the marker last, then the final name. A damaged directory of that name goes.
+    """Everything to disk, the marker last, then the final name. A damaged directory of that name is removed.
 
     Raises OSError; the directory then keeps its partial name.
     """

@@ -1,7 +1,7 @@
 """What a checkpoint stores of the student, as pieces of whole tensors that any layout can put together again.
 
-The weights are those of the converted format (`weights/converted.py`). The optimizer's tensors (Adam's two moments, and
-the fp32 copy of a bf16 parameter) lie as their parameters do and are described in the same way, under keys such as
+The parameters are those of the converted format (`weights/converted.py`). The optimizer's tensors (Adam's two moments,
+and the fp32 copy of a bf16 parameter) lie as their parameters do and are described in the same way, under keys such as
 `exp_avg/decoder.layers.0...`. A distributed optimizer holds a flat range of each local parameter; that range is cut
 into rectangles, so its checkpoints load at every layout too, with or without a distributed optimizer.
 """

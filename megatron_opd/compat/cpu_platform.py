@@ -34,7 +34,7 @@ _LITERAL_CUDA = (
     "megatron.core.utils",
 )
 
-# Functions that compare Tensor.type() with 'torch.cuda.FloatTensor': they see that answer while they run.
+# Functions that compare Tensor.type() with 'torch.cuda.FloatTensor': they see that type while they run.
 _TYPE_STRINGS = (
     ("megatron.core.optimizer.clip_grads", "clip_grad_by_total_norm_fp32"),
     ("megatron.core.optimizer.optimizer", "clip_grad_by_total_norm_fp32"),

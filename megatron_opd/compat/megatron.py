@@ -89,7 +89,7 @@ def is_distributed(optimizer: MegatronOptimizer) -> bool:
 def updated_tensor(optimizer: MegatronOptimizer, parameter: Tensor) -> Updated | None:
     """What one of `base_optimizers` updates for `parameter`; None where another rank holds all of that.
 
-    Without a distributed optimizer the answer does not say whether this optimizer or another one holds it.
+    Without a distributed optimizer the result does not say whether this optimizer or another one holds it.
     """
     if not isinstance(optimizer, DistributedOptimizer):
         return Updated(getattr(parameter, "main_param", parameter), None)

@@ -67,7 +67,7 @@ def _shape(annotation: Any, marks: tuple[Any, ...]) -> Shape:
 
 @dataclass(frozen=True)
 class Key:
-    """One key of the config; `path` has its sections in front, an entry of a list without its place."""
+    """One key of the config; `path` has its sections in front, an entry of a list without its index."""
 
     path: str
     field: FieldInfo

@@ -131,7 +131,7 @@ class PruneConfig(Section):
         return self.budget.rule == "staircase" or (self.budget.rule == "adaptive" and self.watches_drift)
 
     def reward_prompts(self, prompts: int) -> int:
-        """Of so many prompts, those whose responses are generated past their drift point for the verifier's reward."""
+        """Of a step's prompts, how many have responses that go on past the drift point, for the verifier's reward."""
         return round(self.grpo_share * prompts)
 
     @model_validator(mode="after")

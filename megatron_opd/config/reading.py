@@ -222,7 +222,7 @@ class Reader:
 
 
 def shape_at(section: Any, path: list[str]) -> Shape:
-    """What lies at this path below a section, a number being a place in a list; FREE where there is nothing."""
+    """What lies at this path below a section, a number being an index into a list; FREE where there is nothing."""
     shape = Shape(section)
     for name in path:
         fields = getattr(shape.base, "model_fields", {})

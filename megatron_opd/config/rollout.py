@@ -68,7 +68,7 @@ class RolloutConfig(Section):
     """Sample among the k most likely tokens; 0 is off."""
     max_batch: Positive = 256
     """Responses in generation at once per data- and context-parallel rank (or vLLM engine); the others wait for a free
-    place."""
+    slot."""
     bucket_mb: Positive = 512
     """Parameters are gathered and handed over in buckets of at most this size."""
     sync_tolerance: float | None = Field(default=None, gt=0)

@@ -1,20 +1,16 @@
 """The training prompts in their order, with a position that survives a restart.
 
-Every rank runs the same loader and gets the same batch, so nothing depends on the number of ranks; a rank takes its
-part with `shard`.
+Every rank runs the same loader and gets the same batch, so nothing depends on the number of ranks.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from megatron_opd.data.prompts import PromptSet
 from megatron_opd.data.sources import DataError
 from megatron_opd.types import Prompt
-
-T = TypeVar("T")
 
 
 class PromptLoader:
@@ -73,10 +69,3 @@ class PromptLoader:
             keys = [source.random() for _ in order]
             order.sort(key=keys.__getitem__)
         return order
-
-
-def shard(batch: Sequence[T], rank: int, size: int) -> Sequence[T]:
-    """Data-parallel rank `rank`'s part: contiguous, lengths differ by at most one, all parts joined are the batch."""
-    if not 0 <= rank < size:
-        raise ValueError(f"rank {rank} is not one of {size}")
-    return batch[len(batch) * rank // size : len(batch) * (rank + 1) // size]

@@ -35,7 +35,7 @@ class DataError(InputError):
 
 @dataclass(frozen=True)
 class Row:
-    """One object of a prompts file; `uid` is its place in the file, counted from 0."""
+    """One object of a prompts file; `uid` is its position in the file, counted from 0."""
 
     uid: int
     where: str  # "FILE: line 3" or "FILE: row 3", counted from 1

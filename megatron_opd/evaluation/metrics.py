@@ -64,7 +64,7 @@ def summarize(responses: Sequence[JudgedResponse], k: int, seed: int = 0) -> dic
     """One data set's numbers; every prompt must have k responses.
 
     Keys: accuracy (= avg@k); avg@k, maj@k and pass@1, 2, 4, ... k (k as a number), each with `_low` and `_high` of its
-    95% interval; score (mean score with partial credit), prompts, answers, length_mean (tokens), truncated (share),
+    95% interval; score (mean score with partial credit), prompts, responses, length_mean (tokens), truncated (share),
     no_answer (share), verifier_problems (count).
     """
     by_prompt: dict[int, list[JudgedResponse]] = defaultdict(list)
@@ -85,7 +85,7 @@ def summarize(responses: Sequence[JudgedResponse], k: int, seed: int = 0) -> dic
         result[f"{name}_low"], result[f"{name}_high"] = bootstrap_interval(per_prompt, seed)
     result["score"] = float(np.mean([a.score for a in responses]))
     result["prompts"] = len(by_prompt)
-    result["answers"] = len(responses)
+    result["responses"] = len(responses)
     result["length_mean"] = float(np.mean([a.length for a in responses]))
     result["truncated"] = float(np.mean([a.truncated for a in responses]))
     result["no_answer"] = float(np.mean([a.extracted is None for a in responses]))

@@ -80,7 +80,7 @@ def evaluate(
 
     Returns, on every rank: {"accuracy": {set: avg@k}, "sets": {set: see `metrics.summarize`, plus too_long and
     beyond_limit: prompts left out, replaced: responses of another evaluation that stood in the file, verdicts_changed:
-    of responses that were taken from it}, "problems": {set: what went wrong with verifiers, with the answer's place},
+    of responses that were taken from it}, "problems": {set: what went wrong with verifiers, and on which response},
     "notes": {set: the same as sentences}, "warnings": [files that could not be written, and why]}.
 
     Raises:
@@ -183,7 +183,7 @@ class _Judge:
         self.pool = VerifierPool(eval_set.config.verifier, settings.verifier_timeout_s, settings.verifier_workers)
 
     def resume(self, requests: list[Request], keys: list[str]) -> list[int]:
-        """Takes over responses of an earlier attempt; returns the places in `keys` that are still to be generated."""
+        """Takes over responses of an earlier attempt; returns the positions in `keys` still to be generated."""
         if self.file is not None:
             prompts = {key: request.prompt for request, key in zip(requests, keys, strict=True)}
             self._with_file(lambda file: self._take_over(file, prompts))

@@ -1,4 +1,4 @@
-"""Scores answers in separate processes, so that a verifier that hangs or crashes costs one answer and not the run."""
+"""Scores responses in separate processes, so that one that hangs or crashes costs a verdict and not the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class VerifierError(RunError):
 
 @dataclass(frozen=True)
 class Case:
-    """One answer to score."""
+    """One response to score."""
 
     response: str
     answer: str
@@ -48,7 +48,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Verdict:
-    """`score` from 0 to 1; `problem` says why an answer could not be judged and so counts as wrong."""
+    """`score` from 0 to 1; `problem` says why a response could not be judged and so counts as wrong."""
 
     score: float
     extracted: str | None = None
@@ -180,7 +180,7 @@ class _Worker:
         message = ("score", timeout_s, case.response, case.answer, case.metadata, case.source, case.opened)
         try:
             connection.send(message)
-        except OSError:  # it died after its last answer: not this case's fault
+        except OSError:  # it died after its last verdict: not this case's fault
             self.stop()
             connection = self.start()
             connection.send(message)

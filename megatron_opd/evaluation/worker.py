@@ -1,5 +1,5 @@
-"""The process that scores answers. It is run as a script and imports nothing of this package, so it starts quickly and
-what a verifier does to its process (hanging, running out of memory, crashing) stays here.
+"""The process that scores responses. It is run as a script and imports nothing of this package, so it starts quickly
+and what a verifier does to its process (hanging, running out of memory, crashing) stays here.
 
 Messages over the connection whose file descriptor is the only argument:
     ("load", verifier, module search path)                      -> ("ready", None) or ("failed", text)
@@ -317,7 +317,7 @@ def _children() -> list[int]:
 
 
 def serve(connection: Connection) -> None:
-    """Answers messages until the other end closes."""
+    """Replies to messages until the other end closes."""
     verifier: Verifier | None = None
     own_pid = os.getpid()
     while True:

@@ -18,7 +18,7 @@ from megatron_opd.config import ConfigError, ParallelConfig
 
 @dataclass(frozen=True)
 class Layout:
-    """One model's place of this rank, and its groups."""
+    """Where this rank lies in one model's layout, and its groups."""
 
     parallel: ParallelConfig
     groups: ProcessGroupCollection

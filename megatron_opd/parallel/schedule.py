@@ -1,6 +1,6 @@
 """Megatron-Core's forward-backward schedules over micro-batches of packed, unequal rows.
 
-Every rank knows the whole plan, so a stage knows the shape that its neighbour sends: `PlannedP2P` answers from the
+Every rank knows the whole plan, so a stage knows the shape that its neighbour sends: `PlannedP2P` takes it from the
 plan where Megatron-Core would exchange shapes before every tensor.
 """
 

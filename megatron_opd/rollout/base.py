@@ -57,8 +57,8 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request:
-    """One response to generate. `index` seeds the sampler together with `Sampling.seed`: it is the response's place in
-    the global batch, so that neither layout nor the order of completion changes the tokens."""
+    """One response to generate. `index` seeds the sampler together with `Sampling.seed`: it is the response's position
+    in the global batch, so that neither layout nor the order of completion changes the tokens."""
 
     prompt: Prompt
     index: int
@@ -96,7 +96,7 @@ class RolloutEngine(ABC):
         """Generates one response per request; see the module's docstring.
 
         With `watch`, running responses are shown to it every `segment` tokens and the ones it names stop there
-        (end_reason "drift"), their place going to the next waiting request.
+        (end_reason "drift"), their slot going to the next waiting request.
         """
 
     @abstractmethod

@@ -50,8 +50,8 @@ def teacher_view(logits: Tensor, asked: Candidates, signal: DriftSignal, teacher
 
     Returns:
         logprobs [R, K] and sampled_logprobs [R] float32 over the full vocabulary, STOP [R] where the teacher's
-        terminators are known, and the signal's own columns; see
-        `columns_of`. Raises ValueError where a column of the signal has another length or one of these names.
+        terminators are known, and the signal's own columns (`columns_of`). Raises
+        ValueError where a column of the signal has another length or one of these names.
     """
     shard = teacher.vocab_shard
     columns = [asked.ids, asked.sampled[:, None]]

@@ -28,7 +28,7 @@ def parameters_fingerprint(model: Model, bucket_bytes: int = 512 << 20) -> str:
 
 
 def checksum(tensor: Tensor) -> int:
-    """Of the elements' bits and places, in integers that wrap around: the order of summation does not matter."""
+    """Of the elements' bits and positions, in integers that wrap around: the order of summation does not matter."""
     bits = tensor.detach().contiguous().reshape(-1).view(_INTEGERS[tensor.element_size()])
     first, second, third = _FACTORS
     total = torch.zeros((), dtype=torch.int64, device=bits.device)

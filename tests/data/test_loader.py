@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from megatron_opd.data.loader import PromptLoader, shard
+from megatron_opd.data.loader import PromptLoader
 from megatron_opd.data.prompts import PromptSet
 from megatron_opd.data.sources import DataError
 from megatron_opd.types import Prompt
@@ -67,13 +67,3 @@ def test_resuming_in_other_data_is_refused_with_both_values():
 def test_no_prompts_is_an_error():
     with pytest.raises(DataError, match="p.jsonl: no prompts"):
         PromptLoader(prompt_set(0), seed=1)
-
-
-@pytest.mark.parametrize(("length", "ranks"), [(8, 4), (10, 4), (2, 4), (0, 3), (7, 1)])
-def test_shards_cover_the_batch_once_and_in_order(length, ranks):
-    batch = list(range(length))
-    parts = [shard(batch, rank, ranks) for rank in range(ranks)]
-    assert [x for part in parts for x in part] == batch
-    assert max(map(len, parts)) - min(map(len, parts)) <= 1
-    with pytest.raises(ValueError, match=f"rank {ranks} is not one of {ranks}"):
-        shard(batch, ranks, ranks)

@@ -70,7 +70,7 @@ def test_summary():
     assert got["maj@4"] == 0.75  # a tie, and a clear majority
     assert got["maj@4_low"] <= got["maj@4"] <= got["maj@4_high"]
     assert got["score"] == pytest.approx(4.5 / 8)
-    assert (got["prompts"], got["answers"], got["length_mean"]) == (2, 8, 50)
+    assert (got["prompts"], got["responses"], got["length_mean"]) == (2, 8, 50)
     assert (got["truncated"], got["no_answer"], got["verifier_problems"]) == (0.25, 0.125, 1)
 
 

@@ -238,7 +238,7 @@ def test_what_is_left_out_is_among_the_numbers(tokenizer, tmp_path):
 def test_without_saving_nothing_but_the_summary_is_written(tokenizer, tmp_path):
     settings, sets = setup(tokenizer, prompts_file(tmp_path), save=False)
     result = evaluate(Scripted(tokenizer), sets, tokenizer, settings, tmp_path / "eval", 1, True)
-    assert result["sets"]["easy"]["answers"] == 18
+    assert result["sets"]["easy"]["responses"] == 18
     assert [p.name for p in (tmp_path / "eval").iterdir()] == ["step1.json"]
 
 

@@ -53,7 +53,7 @@ def sample(
 
     Args:
         logits: [B, vocab / tp], this rank's shard; ids from `vocab_size` on are padding.
-        index, position: [B] int64, the response's index and the token's place in the response.
+        index, position: [B] int64, the response's index and the token's position in the response.
     """
     size = group.size() if group is not None else 1
     rank = group.rank() if group is not None else 0

@@ -1,6 +1,6 @@
 """HTTP to vLLM servers, with the standard library alone: one replica, and the pool of all of them.
 
-A replica generates only while its weight version is the expected one. It is asked for before every response, on the
+A replica generates only while its policy version is the expected one. It is asked for before every response, on the
 connection that the response then comes through, so that no restart fits in between, and once more by its end, where
 the server states which version sampled which token.
 """
@@ -53,7 +53,7 @@ class Replica:
         self.error = "not reached yet"
 
     def call(self, method: str, path: str, body: Any = None) -> Any:
-        """One request on a connection of its own; returns the decoded answer, None where there is none.
+        """One request on a connection of its own; returns the decoded reply, None where there is none.
 
         Raises ReplicaError where the server is down or failing, RolloutError where it refuses the request.
         """
@@ -67,7 +67,7 @@ class Replica:
             connection.close()
 
     def check(self) -> str:
-        """Checks the server's health and returns its weight version."""
+        """Checks the server's health and returns its policy version."""
         self.call("GET", "/health")
         return self.call("GET", "/weight_info")["weight_version"]
 
@@ -81,7 +81,7 @@ class Replica:
         try:
             held = json.load(self._request(connection, "GET", "/weight_info", None))["weight_version"]
             if held != version:
-                raise ReplicaError(f"holds weight version {held!r}, not {version!r}")
+                raise ReplicaError(f"holds policy version {held!r}, not {version!r}")
             response = self._request(connection, "POST", "/inference/v1/generate", {**body, "stream": True})
             while True:
                 line = response.readline()
@@ -117,7 +117,7 @@ class Replica:
         self.end_update(version)
 
     def begin_update(self) -> None:
-        """Ends running responses and withdraws the weight version: half a hand-over must not pass for a whole one."""
+        """Ends running responses and withdraws the policy version: half a hand-over must not pass for a whole one."""
         self.call("POST", "/pause?mode=abort")
         self.call("POST", "/update_weight_version", {"new_version": "incomplete"})
 
@@ -160,7 +160,7 @@ class Replica:
 def _check_versions(choice: dict[str, Any], version: str) -> None:
     spans = choice.get("weight_versions")
     if not spans or any(span["version"] != version for span in spans):
-        raise ReplicaError(f"a response was sampled by {spans}, not by weight version {version!r}")
+        raise ReplicaError(f"a response was sampled by {spans}, not by policy version {version!r}")
 
 
 class Pool:

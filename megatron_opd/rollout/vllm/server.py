@@ -156,7 +156,7 @@ class VllmServerEngine(RolloutEngine):
             self._native = None
 
     def tag(self, version: int) -> str:
-        """The weight version as the servers know it."""
+        """The policy version as the servers know it; vLLM calls it the weight version."""
         return f"{self._run_name}:{version}"
 
     def restore(self, replica: Replica, version: int) -> None:
@@ -166,7 +166,7 @@ class VllmServerEngine(RolloutEngine):
         if self._files is None:
             raise ReplicaError(f"missed the hand-over of version {version}; transfer: {self.transfer} keeps no copy")
         replica.load_files(self._files.paths, self.tag(version))
-        logger.info("%s took weight version %d", replica.url, version)
+        logger.info("%s took policy version %d", replica.url, version)
 
     def _wait_for_servers(self) -> None:
         deadline = time.monotonic() + self.config.vllm.server_timeout_s
@@ -200,7 +200,7 @@ class VllmServerEngine(RolloutEngine):
             self.pool.restore_all(lambda replica: self.restore(replica, version))
             if self.pool.live:
                 return
-        raise RolloutError(f"no vLLM server took weight version {version}: {self.pool.describe()}")
+        raise RolloutError(f"no vLLM server took policy version {version}: {self.pool.describe()}")
 
     def _send_native(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
         from megatron_opd.rollout.vllm.native import NativeTransfer

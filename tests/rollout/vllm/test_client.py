@@ -245,7 +245,7 @@ def test_with_no_server_left_the_error_names_the_addresses(servers):
         engine.generate(requests(4), SAMPLING)
     assert all(server.url in str(raised.value) for server in servers)
     assert time.monotonic() - began > 1.4  # back-off of 0.5 s and 1 s
-    with pytest.raises(RolloutError, match="no vLLM server took weight version 1"):
+    with pytest.raises(RolloutError, match="no vLLM server took policy version 1"):
         for server in servers:
             server.broken = "500"
         engine.update_parameters(parameters, 1)

@@ -225,7 +225,7 @@ def test_with_no_server_left_the_error_names_all(engine, servers, paths):
     with pytest.raises(RolloutError, match="no vLLM server is left") as raised:
         engine.generate(requests(4), SAMPLING)
     assert all(server.url in str(raised.value) for server in servers)
-    with pytest.raises(RolloutError, match="no vLLM server took weight version 9"):
+    with pytest.raises(RolloutError, match="no vLLM server took policy version 9"):
         engine.update_parameters(named(load(paths[0])), 9)
 
 
