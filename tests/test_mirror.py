@@ -8,7 +8,7 @@ TESTS = Path(__file__).parent
 PACKAGE = TESTS.parent / "megatron_opd"
 BESIDE = {"docs", "examples", "slurm", "tools"}  # folders of the repository with tests of their own
 OTHER = {"extending", "gpu", "pretended_gpu"}  # parts written outside the package; what needs a GPU, or pretends one
-WHOLE = {"test_distributed.py", "test_imports.py", "test_mirror.py", "test_type_checker.py", "test_words.py"}
+WHOLE = {f"test_{name}.py" for name in ("distributed", "imports", "mirror", "pickles", "type_checker", "words")}
 
 
 def test_every_folder_of_tests_is_one_of_the_package():

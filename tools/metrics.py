@@ -14,30 +14,42 @@ from benchmark.common import print_table
 from megatron_opd.training.clock import PHASE_KEYS
 from megatron_opd.training.metrics_log import read_steps
 
+LARGEST = sys.float_info.max  # what is larger is no number of a run
+
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("runs", nargs="+", type=Path, metavar="RUN_DIR")
     for run in parser.parse_args().runs:
         path = run / "metrics.jsonl"
-        if not path.is_file():
-            print(f"{path} does not exist: give a run_dir", file=sys.stderr)
+        try:
+            steps = read_steps(path)
+        except OSError as error:
+            print(f"{path} cannot be read: {error.strerror}; give a run_dir", file=sys.stderr)
             return 2
-        show(run, read_steps(path))
+        if not steps:
+            print(f"{path} holds no step", file=sys.stderr)
+            return 2
+        show(run, steps)
     return 0
+
+
+def numbers(steps: list[dict], key: str) -> list[float]:
+    """What the steps have under a key, where it is a number."""
+    return [s[key] for s in steps if isinstance(s.get(key), int | float) and abs(s[key]) < LARGEST]
 
 
 def show(run: Path, steps: list[dict]) -> None:
     rows = []
     for key in steps[-1]:
-        values = [s[key] for s in steps if isinstance(s.get(key), int | float)]
+        values = numbers(steps, key)
         if values and key != "step":
             rows.append([key, *(f"{v:.4g}" for v in (sum(values) / len(values), min(values), max(values), values[-1]))])
     print_table(f"{run}: {len(steps)} steps", ("", "mean", "least", "most", "last"), rows)
-    total = sum(s["step_s"] for s in steps)
-    print(
-        f"phases: {100 * sum(s.get(p, 0.0) for s in steps for p in PHASE_KEYS) / total:.2f}% of {total:.1f} s of steps"
-    )
+    total = sum(numbers(steps, "step_s"))
+    if total:
+        phases = sum(sum(numbers(steps, phase)) for phase in PHASE_KEYS)
+        print(f"phases: {100 * phases / total:.2f}% of {total:.1f} s of steps")
 
 
 if __name__ == "__main__":

@@ -13,8 +13,6 @@ from typing import Any, Protocol, TypeVar
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
@@ -23,7 +21,7 @@ from megatron_opd.checkpoint.directory import SavedCheckpoint
 from megatron_opd.checkpoint.rng import rng_state, set_rng_state
 from megatron_opd.checkpoint.shards import get_adam_step, optimizer_entries, parameter_entries, set_adam_step
 from megatron_opd.checkpoint.writer import ShardWriter
-from megatron_opd.compat.dist_checkpointing import METADATA, CheckpointException, WriteResult
+from megatron_opd.compat.dist_checkpointing import METADATA, CheckpointException, WriteResult, load
 from megatron_opd.compat.megatron import restart_scheduler
 from megatron_opd.config import Config
 from megatron_opd.errors import RepeatingError, describe
@@ -304,7 +302,7 @@ class Checkpointer:
         with together():
             entries = optimizer_entries(student, optimizer, loading=True)
             try:
-                dist_checkpointing.load(entries, str(path / directory.OPTIMIZER), strict=StrictHandling.RAISE_ALL)
+                load(entries, path / directory.OPTIMIZER)
             except (Exception, CheckpointException) as error:  # many kinds, from Megatron-Core, torch and pickle
                 raise CheckpointError(f"{directory.OPTIMIZER}/ cannot be loaded: {root_cause(error)}") from error
         set_adam_step(optimizer, state["adam_step"])

@@ -6,7 +6,8 @@
         optimizer/                  Adam's moments and fp32 parameters
         state.json                  step, budget, data position, totals, scheduler, random number generators
         config.json, tokenizer, ... of the student
-        megatron_opd.json           written last: sizes of all files; without it the directory is incomplete
+        megatron_opd.json           written last: sizes of all files and the digest of state.json; without it the directory
+                                    is incomplete
     RUN/checkpoints/.step_000040.partial/   a save in progress, or one that was interrupted
 
 A directory gets its final name when everything in it is on disk.
@@ -14,6 +15,7 @@ A directory gets its final name when everything in it is on disk.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -65,12 +67,13 @@ def problem_of(path: Path) -> str:
         if not any(path.iterdir()):
             return "the directory is empty"
         manifest = read_manifest(path)
-        files = manifest["checkpoint"]["files"]
+        files = dict(manifest["checkpoint"]["files"])
+        digest = manifest["checkpoint"].get("state_digest")  # checkpoints of version 0.1 have none
     except FileNotFoundError:
         return f"{MANIFEST} is missing: its writing was interrupted"
     except OSError as error:
         return f"unreadable: {error.strerror}"
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} is not readable"
     for name, size in files.items():
         try:
@@ -79,6 +82,8 @@ def problem_of(path: Path) -> str:
             return f"{name}: {error.strerror}"
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
+    if digest is not None and _digest(path / STATE) != digest:
+        return f"{STATE} is not the one that was saved"
     return ""
 
 
@@ -104,7 +109,8 @@ def seal(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     for path in names:
         _sync(path)
     marker = partial / MANIFEST
-    manifest = {**manifest, "checkpoint": {**manifest["checkpoint"], "files": files}}
+    more = {"files": files, "state_digest": _digest(partial / STATE)}
+    manifest = {**manifest, "checkpoint": {**manifest["checkpoint"], **more}}
     marker.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(marker)
     for folder in (*[path for path in partial.rglob("*") if path.is_dir()], partial):
@@ -125,6 +131,13 @@ def remove_old(root: Path, keep_last: int, keep_every: int) -> None:
         doomed = old.path.with_name(f".{old.path.name}.partial")
         old.path.rename(doomed)
         shutil.rmtree(doomed, ignore_errors=True)
+
+
+def _digest(path: Path) -> str:
+    try:
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    except OSError:
+        return ""
 
 
 def _sync(path: Path) -> None:

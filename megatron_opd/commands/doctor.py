@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from rich.console import Console
 
-from megatron_opd.config import Config
+from megatron_opd.config import Config, ModelConfig
 from megatron_opd.data.prompts import load_eval_prompts, load_prompts
 from megatron_opd.data.tokenizer import Tokenizer
 from megatron_opd.evaluation.verifiers import VerifierPool, reference_problems
@@ -82,12 +82,8 @@ def diagnose(config: Config) -> int:
     if doctor.trainer:
         trainer = doctor.trainer
         doctor.check("memory", lambda: memory(trainer, config))
-        doctor.check(
-            "student against transformers", lambda: _against_transformers(trainer.student, config.student.model)
-        )
-        doctor.check(
-            "teacher against transformers", lambda: _against_transformers(trainer.teacher, config.teacher.model)
-        )
+        doctor.check("student against transformers", lambda: _against_transformers(trainer.student, config.student))
+        doctor.check("teacher against transformers", lambda: _against_transformers(trainer.teacher, config.teacher))
         if doctor.tokenizer:
             doctor.check("student as its own teacher", lambda: _self_distillation(doctor))
             doctor.check("drift of the first batch", lambda: _first_batch(doctor))
@@ -214,10 +210,11 @@ def memory(trainer: Trainer, config: Config) -> str:
     return text
 
 
-def _against_transformers(model: Model, directory: str) -> str:
+def _against_transformers(model: Model, config: ModelConfig) -> str:
+    directory = config.model
     if is_converted(directory):
         return f"{directory} is a converted one; compare it by tools/convert.py verify"
-    difference, agreement = largest_difference(model, directory)
+    difference, agreement = largest_difference(model, directory, config.allow_pickle)
     limit = 1e-3 if model.config.params_dtype == torch.float32 else 0.5
     text = f"largest log-prob difference {difference:.2g} nats, top-1 agreement {100 * agreement:.1f}%"
     if not difference <= limit:

@@ -120,7 +120,10 @@ def _finding(name: str, bounds: Bounds, values: list[float | None]) -> Finding:
 
 
 def _number(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+    try:
+        return float(value) if isinstance(value, int | float) else None
+    except OverflowError:  # an integer of some hundred digits
+        return math.inf if value > 0 else -math.inf
 
 
 def gate_run(run_dir: str | Path, gate: str | Path) -> bool:
@@ -133,8 +136,10 @@ def gate_run(run_dir: str | Path, gate: str | Path) -> bool:
         raise GateError(f"{path} cannot be read: {error.strerror}; give a run_dir") from error
     try:
         findings = check(wanted, steps)
-    except (TypeError, KeyError) as error:
-        raise GateError(f"{path} holds a step without its number of seconds, step_s: {error!r}") from error
+    except (AttributeError, TypeError, KeyError) as error:
+        raise GateError(
+            f"{path} holds a step whose step_s is no number or whose accuracy is no object: {error!r}"
+        ) from error
     width = max(len(f.name) for f in findings)
     for one in findings:
         value = "missing" if one.value is None else f"{one.value:.4g}"

@@ -8,12 +8,22 @@ from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationInfo, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from megatron_opd.plugins import ENGINES, LOSSES, SIGNALS, TOKEN_WEIGHTINGS, VERIFIERS, check_name, find_part, is_own
 
 LARGEST_COUNT = 2**31 - 1  # tokens, steps, megabytes: kernels and packed rows count in 32 bits
 LARGEST_SEED = 2**63 - 1  # what torch's generators take
+LARGEST_NUMBER = 1e30  # products of two still fit into float32, as their reciprocals do
 
 
 class Section(BaseModel):
@@ -30,6 +40,15 @@ class Section(BaseModel):
         for old, new in renamed.items():
             warn_of_old_name(old, new)
         return values
+
+    @field_validator("*")
+    @classmethod
+    def _fits_float32(cls, value: Any) -> Any:
+        if isinstance(value, float) and not abs(value) <= LARGEST_NUMBER:
+            raise ValueError(f"is too large for tensors of float32; at most {LARGEST_NUMBER:g}")
+        if isinstance(value, float) and 0 < abs(value) < 1 / LARGEST_NUMBER:
+            raise ValueError(f"is too small for tensors of float32; at least {1 / LARGEST_NUMBER:g}, or 0")
+        return value
 
 
 def with_new_names(section: type[Section], values: dict[str, Any]) -> tuple[dict[str, Any], dict[str, str]]:
@@ -118,6 +137,7 @@ Count = Annotated[int, Field(ge=0, le=LARGEST_COUNT)]
 Seed = Annotated[int, Field(ge=0, le=LARGEST_SEED)]
 Seconds = Annotated[float, Field(gt=0.0, le=1e8)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+DecayRate = Annotated[float, Field(ge=0.0, lt=1.0)]
 
 if TYPE_CHECKING:
     EngineName = str

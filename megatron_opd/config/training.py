@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_opd.config.base import LARGEST_SEED, Count, FilePath, Fraction, LossName, Positive, Seconds, Section
+from megatron_opd.config.base import LARGEST_SEED, Count, DecayRate, FilePath, LossName, Positive, Seconds, Section
 from megatron_opd.plugins import LOSSES
 
 
@@ -109,9 +109,9 @@ class TrainConfig(Section):
     """Steps of linear warm-up; step k of them trains at lr k / warmup_steps."""
     weight_decay: float = Field(default=0.0, ge=0)
     """AdamW weight decay (not on norms and biases)."""
-    adam_beta1: Fraction = 0.9
+    adam_beta1: DecayRate = 0.9
     """Adam's first decay rate."""
-    adam_beta2: Fraction = 0.95
+    adam_beta2: DecayRate = 0.95
     """Adam's second decay rate."""
     adam_eps: float = Field(default=1e-8, gt=0)
     """Adam's epsilon."""

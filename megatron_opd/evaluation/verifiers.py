@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
@@ -190,9 +191,12 @@ class _Worker:
             if not connection.poll(timeout_s):
                 self.stop(grace_s=0)
                 return Verdict(0.0, problem=f"the verifier took longer than {timeout_s:g} s")
-            kind, content = connection.recv()
+            kind, content = json.loads(connection.recv_bytes())
         except (EOFError, OSError):
             return Verdict(0.0, problem=f"the verifier's process died ({self.stop()})")
+        except ValueError:
+            self.stop(grace_s=0)
+            return Verdict(0.0, problem="the verifier wrote something else than its verdict to its connection")
         return Verdict(*content) if kind == "scored" else Verdict(0.0, problem=f"the verifier failed: {content}")
 
     def start(self) -> Connection:
@@ -218,7 +222,7 @@ class _Worker:
             if not ours.poll(START_TIMEOUT_S):
                 self.stop(grace_s=0)
                 raise VerifierError(f"verifier {self.verifier} did not start within {START_TIMEOUT_S:g} s")
-            kind, content = ours.recv()
+            kind, content = json.loads(ours.recv_bytes())
         except (EOFError, OSError):
             raise VerifierError(f"verifier {self.verifier} died while starting ({self.stop()})") from None
         if kind != "ready":

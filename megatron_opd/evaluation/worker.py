@@ -1,7 +1,7 @@
 """The process that scores responses. It is run as a script and imports nothing of this package, so it starts quickly
 and what a verifier does to its process (hanging, running out of memory, crashing) stays here.
 
-Messages over the connection whose file descriptor is the only argument:
+Messages over the connection whose file descriptor is the only argument, replies as JSON:
     ("load", verifier, module search path)                      -> ("ready", None) or ("failed", text)
     ("score", seconds, response, answer, metadata, source, opened)
                                                                 -> ("scored", (score, extracted)) or ("failed", text)
@@ -316,6 +316,11 @@ def _children() -> list[int]:
     return pids
 
 
+def reply(connection: Connection, kind: str, content: Any) -> None:
+    """As JSON: the trainer must not unpickle what comes from where responses are parsed."""
+    connection.send_bytes(json.dumps((kind, content)).encode())
+
+
 def serve(connection: Connection) -> None:
     """Replies to messages until the other end closes."""
     verifier: Verifier | None = None
@@ -326,7 +331,7 @@ def serve(connection: Connection) -> None:
             if kind == "load":
                 name, sys.path[:] = content
                 verifier = LOADERS[name]() if name in LOADERS else load_custom(name)
-                connection.send(("ready", None))
+                reply(connection, "ready", None)
             else:
                 seconds, *arguments = content
                 assert verifier is not None, "load goes before score"
@@ -339,7 +344,7 @@ def serve(connection: Connection) -> None:
                 end_children()
                 if not 0.0 <= score <= 1.0:
                     raise ValueError(f"the verifier returned {score}, not a score from 0 to 1")
-                connection.send(("scored", (score, extracted)))
+                reply(connection, "scored", (score, extracted))
         except EOFError:
             return
         except Exception as error:
@@ -347,7 +352,7 @@ def serve(connection: Connection) -> None:
             if os.getpid() != own_pid:
                 os._exit(1)
             end_children()
-            connection.send(("failed", f"{type(error).__name__}: {error}"[:500]))
+            reply(connection, "failed", f"{type(error).__name__}: {error}"[:500])
 
 
 def main() -> None:

@@ -11,6 +11,7 @@ from megatron.core.tensor_parallel import get_cuda_rng_tracker, model_parallel_c
 
 from megatron_opd.compat.gpt_model import build_chunk, set_rotary
 from megatron_opd.config import ConfigError, ModelConfig
+from megatron_opd.config.base import LARGEST_COUNT
 from megatron_opd.models.fp8 import shape_problems
 from megatron_opd.models.fp8_scales import learn_scales
 from megatron_opd.models.model import Model
@@ -22,9 +23,15 @@ from megatron_opd.weights.families import own_family
 from megatron_opd.weights.loading import load_parameters
 from megatron_opd.weights.parameters import WHOLE, local_parameters
 
+_SIZES = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
+_OPTIONAL_SIZES = (
+    *("hidden_size", "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings"),
+    *("num_experts", "num_local_experts", "num_experts_per_tok", "moe_intermediate_size"),
+)
+
 
 def read_hf_config(directory: str, key: str) -> dict[str, Any]:
-    """The model's config.json.
+    """The model's config.json, whose sizes are numbers that a model can have.
 
     Raises:
         ConfigError: naming `key` where the directory or the file is missing or broken.
@@ -33,13 +40,23 @@ def read_hf_config(directory: str, key: str) -> dict[str, Any]:
     if not Path(directory).is_dir():
         raise ConfigError(f"{key}: no directory {directory}")
     try:
-        return json.loads(path.read_text())
+        values = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(values, dict):
+            raise ValueError("it holds no object")
     except FileNotFoundError:
         raise ConfigError(
             f"{key}: {directory} has no config.json; give a Hugging Face or converted directory"
         ) from None
-    except ValueError as error:
+    except OSError as error:
+        raise ConfigError(f"{key}: cannot read {path}: {error.strerror}") from None
+    except (ValueError, RecursionError) as error:
         raise ConfigError(f"{key}: {path} is not valid JSON: {error}") from None
+    sizes = {name: values[name] for name in _OPTIONAL_SIZES if values.get(name) is not None}
+    sizes |= {name: values.get(name) for name in _SIZES}
+    wrong = [f"{n}: {v!r}" for n, v in sizes.items() if type(v) is not int or not 0 < v <= LARGEST_COUNT]
+    if wrong:
+        raise ConfigError(f"{key}: {path}: these must be numbers above 0: {', '.join(wrong)}")
+    return values
 
 
 def check_layout(name: str, model: ModelConfig, world_size: int | None = None) -> None:

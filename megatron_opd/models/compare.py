@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from megatron_opd.compat.gpt_model import is_first, run_chunk, set_input
 from megatron_opd.models.model import Model
+from megatron_opd.weights.hf_files import ModelFileError
 
 
 @dataclass(frozen=True)
@@ -75,11 +76,16 @@ def load_transformers(
     allow_pickle: bool = False,
     device: torch.device | str = "cpu",
 ) -> PreTrainedModel:
-    """The transformers model of a directory in `dtype`, its parameters rounded to `stored` before."""
+    """The transformers model of a directory in `dtype`, its parameters rounded to `stored` before. Raises
+    ModelFileError."""
     safetensors = None if allow_pickle else True
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
-        hf_dir, dtype=stored, local_files_only=True, trust_remote_code=False, use_safetensors=safetensors
-    )
+    try:
+        model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(
+            hf_dir, dtype=stored, local_files_only=True, trust_remote_code=False, use_safetensors=safetensors
+        )
+    except Exception as error:  # transformers raises whatever its parts raise
+        reason = " ".join(str(error).split())[:500]
+        raise ModelFileError(f"{hf_dir}: transformers cannot load it: {reason}") from error
     module: torch.nn.Module = model  # transformers' own `to` is a decorator without types
     module.to(device, dtype).eval()
     return model

@@ -25,7 +25,9 @@ def own_logprobs(model: Model, tokens: list[int]) -> torch.Tensor:
     return share_fields(fields, model.layout.owns_results, model.device)[0]["logprobs"]
 
 
-def largest_difference(model: Model, directory: str, tokens: int = 64) -> tuple[float, float]:
+def largest_difference(
+    model: Model, directory: str, allow_pickle: bool = False, tokens: int = 64
+) -> tuple[float, float]:
     """Runs one random sequence through both; collective over all ranks, the same result on each.
 
     transformers loads the model on every rank that holds logits: for a very large model use `tools/convert.py verify`.
@@ -43,8 +45,7 @@ def largest_difference(model: Model, directory: str, tokens: int = 64) -> tuple[
             from megatron_opd.models.compare import load_transformers, transformers_logits
 
             dtype = model.config.params_dtype
-            # Pickled or not: this run has read the same files.
-            reference = load_transformers(directory, dtype, dtype, allow_pickle=True, device=model.device)
+            reference = load_transformers(directory, dtype, dtype, allow_pickle, device=model.device)
             wanted = transformers_logits(reference, ids.to(model.device)).log_softmax(-1)
             top = wanted.topk(min(16, model.vocab_size), dim=-1)
             own = vocab_parallel_logprobs(logits, top.indices, model.vocab_shard)

@@ -8,13 +8,12 @@ from __future__ import annotations
 
 import faulthandler
 import os
-import select
 import signal
 import socket
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import Any
 
@@ -29,6 +28,7 @@ from megatron_opd.runtime.lock import HEARTBEAT_S, RunLock, RunLocked
 __all__ = ["REQUEUE_EXIT_CODE", "WATCHDOG_EXIT_CODE", "Guard", "Requeue"]
 
 _STDERR = 2  # the descriptor: a rank's log, whatever has become of sys.stderr
+_LOOK_S = 0.5  # how often the thread looks at the clock
 _LAST_WORDS_S = 3.0  # between a rank's stacks and its end, so that the other ranks write theirs
 _BACKSTOP_S = 10.0  # after the limit: for a main thread that holds Python's lock
 _TERM_PATIENCE_S = 10.0  # a rank that is still in its step so long after SIGTERM says where
@@ -54,6 +54,7 @@ class Guard:
         self._take_lock(run_dir)
         self._wake, self._woken = socket.socketpair()
         self._wake.setblocking(False)
+        self._woken.settimeout(_LOOK_S)
         self._previous: dict[int, Any] = {n: signal.signal(n, self._on_signal) for n in FORWARDED}
         # The main thread may be stuck in C, where Python's handlers do not run; the thread hears of signals by this.
         self._previous_fd = signal.set_wakeup_fd(self._wake.fileno(), warn_on_full_buffer=False)
@@ -121,8 +122,9 @@ class Guard:
     def _watch(self) -> None:
         beat_at = time.monotonic()
         while self._open:
-            if select.select([self._woken], [], [], 0.5)[0] and signal.SIGTERM in self._woken.recv(64):
-                self._term_at = time.monotonic()
+            with suppress(TimeoutError):  # not select(), which refuses descriptors beyond 1023
+                if signal.SIGTERM in self._woken.recv(64):
+                    self._term_at = time.monotonic()
             now = time.monotonic()
             if self.lock is not None and now >= beat_at:
                 beat_at = now + HEARTBEAT_S

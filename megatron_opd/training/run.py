@@ -14,8 +14,9 @@ from megatron_opd.config import Config, ConfigError, dump_config
 from megatron_opd.data.loader import PromptLoader
 from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
+from megatron_opd.errors import InputError, describe
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
-from megatron_opd.parallel.collective import on_rank_0
+from megatron_opd.parallel.collective import on_rank_0, together
 from megatron_opd.prune import ResponseBudget, StaircaseBudget
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.prune.token_weighting import make_token_weighting
@@ -113,13 +114,22 @@ class Run:
             self.say(note)
         self._resume()
         first = self.step + (self.unreported is None)  # that is still to be reported
-        self.metrics = MetricsLog(config.run_dir, first) if self.is_writer else None
-        if self.is_writer:
-            Path(config.run_dir, "config.yaml").write_text(dump_config(config), encoding="utf-8")
+        self.metrics: MetricsLog | None = None
+        with together():
+            if self.is_writer:
+                self.metrics = self._open_files(first)
         self.probe = None
         if config.rollout.engine != "megatron":
             self.probe = HandoverProbe(config, self.trainer, self.engine)
         self.alarms.begin(self.hand_over())
+
+    def _open_files(self, first: int) -> MetricsLog:
+        """Writes the config down and opens the metrics, from step `first` on. Raises InputError."""
+        try:
+            Path(self.config.run_dir, "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+            return MetricsLog(self.config.run_dir, first)
+        except OSError as error:
+            raise InputError(f"run_dir: {self.config.run_dir} cannot be written to: {describe(error)}") from error
 
     @property
     def finished(self) -> bool:
@@ -238,7 +248,7 @@ class Run:
         self.training_step.norms = state["norms"]
         self.alarms.load_state_dict(state.get("alarms", {}))  # checkpoints of version 0.1 have none
         # It may have been reported after the checkpoint was written. "owed" is its key in checkpoints of version 0.1.
-        reported = on_rank_0(lambda: was_reported(self.config.run_dir, self.step))
+        reported = on_rank_0(lambda: was_reported(self.config.run_dir, self.step), otherwise=InputError)
         self.unreported = None if reported else state.get("unreported", state.get("owed"))
         self.say(f"resumed at step {self.step}")
 

@@ -7,7 +7,7 @@
 The checkpoint's entries are made from our own descriptions rather than by GPTModel.sharded_state_dict. That method asks
 the global parallel state for ranks where embeddings are tied, which would be the student's ranks for a teacher; its
 entries depend on the layer implementation and carry the padded vocabulary. Ours have one key per layer, Transformer
-Engine's names and no padding. Part of it is pickled (Megatron-Core's choice): load only directories that you made.
+Engine's names and no padding.
 """
 
 from __future__ import annotations
@@ -22,9 +22,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from megatron.core import dist_checkpointing
 from megatron.core.dist_checkpointing.mapping import ShardedTensor
-from megatron.core.dist_checkpointing.validation import StrictHandling
 from torch import Tensor
 
 from megatron_opd.compat.dist_checkpointing import (
@@ -33,6 +31,8 @@ from megatron_opd.compat.dist_checkpointing import (
     agree_on_plan,
     file_name,
     first_failure,
+    load,
+    refused_pickle,
     save_planner,
     write_metadata,
     write_shards,
@@ -144,7 +144,7 @@ def load_converted(model: Model, directory: str | Path) -> None:
     with together():
         entries = sharded_entries(targets, model, loading=True)
         try:
-            dist_checkpointing.load(entries, str(checkpoint_dir), strict=StrictHandling.RAISE_ALL)
+            load(entries, checkpoint_dir)
         except (Exception, CheckpointException) as error:  # many kinds, from Megatron-Core, torch and pickle
             raise ModelFileError(f"{checkpoint_dir}: cannot be loaded: {root_cause(error)}") from error
     for (parameter, tensor), (_, target) in zip(parameters, targets, strict=True):
@@ -157,7 +157,9 @@ def load_converted(model: Model, directory: str | Path) -> None:
 def root_cause(error: BaseException) -> str:
     """The first failure that torch's checkpoint code collected from the ranks: one line, without its tracebacks."""
     error = first_failure(error)
-    return describe(error) if isinstance(error, OSError) else next(iter(str(error).splitlines()), repr(error))
+    return (
+        describe(error) if isinstance(error, OSError) else next(iter(refused_pickle(error).splitlines()), repr(error))
+    )
 
 
 def sharded_entries(parameters: list[tuple[Parameter, Tensor]], model: Model, loading: bool) -> Entries:

@@ -18,6 +18,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from megatron_opd.compat.dist_checkpointing import refused_pickle
 from megatron_opd.errors import InputError
 
 EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
@@ -191,7 +192,7 @@ def _read_index(index: Path) -> dict[str, str]:
     """Where an index places each tensor: the name of a file beside it. Raises ModelFileError."""
     try:
         files = dict(json.loads(index.read_text())["weight_map"])
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(f"{index}: not a readable index ({error!r})") from error
     for tensor, name in files.items():
         if not isinstance(name, str) or Path(name).name != name:
@@ -201,24 +202,36 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def _header(file: Path) -> dict[str, TensorInfo]:
     """What a safetensors file holds: 8 bytes of header length, a JSON header, the tensors' bytes."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or length > size - 8:
-            raise ModelFileError(f"{file}: truncated inside its header ({size} bytes)")
-        try:
-            header: dict[str, Any] = json.loads(stream.read(length))
-        except ValueError as error:
-            raise ModelFileError(f"{file}: not a safetensors file (its header is not JSON)") from error
-    header.pop("__metadata__", None)
-    data, tensors_of_file = 8 + length, {}
+    try:
+        size = file.stat().st_size
+        with open(file, "rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if size < 8 or length > size - 8:
+                raise ModelFileError(f"{file}: truncated inside its header ({size} bytes)")
+            header: Any = json.loads(stream.read(length))
+    except OSError as error:
+        raise ModelFileError(f"{file}: cannot be read: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise ModelFileError(f"{file}: not a safetensors file (its header is not JSON)") from error
+    try:
+        header.pop("__metadata__", None)
+        return _placed(file, header, 8 + length, size)
+    except (AttributeError, KeyError, TypeError, OverflowError) as error:
+        raise ModelFileError(f"{file}: not a safetensors file (its header lists no tensors: {error!r})") from error
+
+
+def _placed(file: Path, header: dict[str, Any], data: int, size: int) -> dict[str, TensorInfo]:
+    """The tensors of a header; their bytes begin at `data` in a file of `size` bytes."""
+    tensors_of_file = {}
     for name, entry in sorted(header.items(), key=lambda item: item[1]["data_offsets"]):
         start, end = entry["data_offsets"]
+        shape = tuple(entry["shape"])
+        if not all(type(number) is int and number >= 0 for number in (*shape, start, end)):
+            raise ModelFileError(f"{file}: tensor {name} has shape {shape} at {start} to {end}, which is none")
         if data + end > size:
             raise ModelFileError(
                 f"{file}: truncated: tensor {name} ends at byte {data + end}, the file at {size}; copy it again"
             )
-        shape = tuple(entry["shape"])
         dtype = DTYPES.get(entry["dtype"])
         if dtype is not None and end - start != math.prod(shape) * dtype.itemsize:
             wanted = f"{entry['dtype']} {shape}"
@@ -232,7 +245,9 @@ def _unpickle(file: Path) -> dict[str, TensorInfo]:
         # torch's restricted unpickler as a second line of defence; the first is that the user had to ask for this
         tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except Exception as error:
-        raise ModelFileError(f"{file}: cannot be read as a pickled state dict ({error})") from error
+        raise ModelFileError(f"{file}: cannot be read as a pickled state dict ({refused_pickle(error)})") from error
+    if not isinstance(tensors, dict) or not all(isinstance(tensor, Tensor) for tensor in tensors.values()):
+        raise ModelFileError(f"{file}: holds something else than a state dict, names with their tensors")
     return {
         name: TensorInfo(file, _DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), tuple(tensor.shape), loaded=tensor)
         for name, tensor in tensors.items()

@@ -10,7 +10,7 @@ from tests.tiny_run import REPOSITORY
 def test_numbers_and_phases_of_a_run(tmp_path):
     tool = [sys.executable, str(REPOSITORY / "tools" / "metrics.py"), str(tmp_path)]
     done = subprocess.run(tool, capture_output=True, text=True)
-    assert done.returncode == 2 and "metrics.jsonl does not exist" in done.stderr
+    assert done.returncode == 2 and "metrics.jsonl cannot be read: No such file or directory" in done.stderr
     lines = [
         {"step": 1, "step_s": 2.0, "rollout_s": 1.0, "train_s": 0.5, "loss": 0.25, "overlap_mean": None},
         {"step": 2, "step_s": 2.0, "rollout_s": 1.5, "train_s": 0.6, "loss": 0.75, "overlap_mean": 0.5},
