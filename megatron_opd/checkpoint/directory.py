@@ -6,8 +6,8 @@
         optimizer/                  Adam's moments and fp32 parameters
         state.json                  step, budget, data position, totals, scheduler, random number generators
         config.json, tokenizer, ... of the student
-        megatron_opd.json           written last: sizes of all files and the digest of state.json; without it the directory
-                                    is incomplete
+        megatron_opd.json           written last: sizes of all files, the digest of state.json; without it the
+                                    directory is incomplete
     RUN/checkpoints/.step_000040.partial/   a save in progress, or one that was interrupted
 
 A directory gets its final name when everything in it is on disk.
