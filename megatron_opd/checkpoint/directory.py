@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from megatron_opd.weights.converted import CHECKPOINT, MANIFEST
+from megatron_opd.weights.converted import CHECKPOINT, MANIFEST, manifest_problem
 
 PARAMETERS = CHECKPOINT
 OPTIMIZER = "optimizer"
@@ -67,14 +67,16 @@ def problem_of(path: Path) -> str:
         if not any(path.iterdir()):
             return "the directory is empty"
         manifest = read_manifest(path)
-        files = dict(manifest["checkpoint"]["files"])
+        files, _ = dict(manifest["checkpoint"]["files"]), dict(manifest["checkpoint"]["model"])
         digest = manifest["checkpoint"].get("state_digest")  # checkpoints of version 0.1 have none
     except FileNotFoundError:
         return f"{MANIFEST} is missing: its writing was interrupted"
     except OSError as error:
         return f"unreadable: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         return f"{MANIFEST} is not readable"
+    if problem := manifest_problem(manifest):
+        return f"{MANIFEST}: {problem}"
     for name, size in files.items():
         try:
             actual = (path / name).stat().st_size

@@ -113,7 +113,8 @@ class PruneConfig(Section):
         if isinstance(values, dict):
             if values.get("preset") is False:  # YAML reads a bare off as false
                 values = {**values, "preset": "off"}
-            preset = PRESETS.get(values.get("preset", "paper"), {})
+            name = values.get("preset", "paper")
+            preset = PRESETS.get(name, {}) if isinstance(name, str) else {}
             budget = values.get("budget", {})
             if "budget" in preset and isinstance(budget, dict):
                 values = {**values, "budget": {**preset["budget"], **budget}}

@@ -13,13 +13,17 @@ FILE = "metrics.jsonl"
 
 
 def read_steps(path: str | Path) -> list[dict[str, Any]]:
-    """The steps that a metrics.jsonl holds, in the order of their numbers. Raises OSError.
+    """The steps that a metrics.jsonl holds, in the order of their numbers. Raises OSError, also for what is no path.
 
     What is no step's line (torn, of other bytes, no object, without a whole number as its `step`) is passed over; of
     lines of the same step the last one counts. A crash of a node or of its disk leaves such lines.
     """
     steps: dict[int, dict[str, Any]] = {}
-    for line in Path(path).read_bytes().split(b"\n"):
+    try:
+        text = Path(path).read_bytes()
+    except ValueError as error:  # a null byte, half of a character
+        raise OSError(errno.EINVAL, str(error), str(path)) from error
+    for line in text.split(b"\n"):
         try:
             values = json.loads(line)
         except (ValueError, RecursionError):  # UnicodeDecodeError is a ValueError

@@ -87,11 +87,23 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     try:
         manifest = json.loads(path.read_text())
         version = manifest["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
         raise ModelFileError(f"{path}: unreadable ({error!r}); convert again") from error
     if version != _FORMAT:
         raise ModelFileError(f"{path}: format {version}, this version reads {_FORMAT}; convert again")
+    if problem := manifest_problem(manifest):
+        raise ModelFileError(f"{path}: {problem}; convert again")
     return manifest
+
+
+def manifest_problem(manifest: dict[str, Any]) -> str:
+    """What a manifest says wrongly of its model; empty where it is one of ours."""
+    if not isinstance(manifest.get("model_type"), str):
+        return f"model_type: {manifest.get('model_type')!r} names no model"
+    dtype = manifest.get("dtype")
+    if not isinstance(dtype, str) or not isinstance(getattr(torch, dtype, None), torch.dtype):
+        return f"dtype: {dtype!r} is none"
+    return ""
 
 
 def save_converted(model: Model, source: str | Path, out: str | Path, notes: dict[str, Any] | None = None) -> None:

@@ -22,6 +22,7 @@ from megatron_opd.rollout.vllm.common import RolloutError
 CONNECT_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 60.0
+LARGEST_ANSWER = 64 << 20  # bytes; some tokens with their candidates, or the log-probs of a probe, are far less
 
 
 def backoff_s(failures: int) -> float:
@@ -59,9 +60,9 @@ class Replica:
         """
         connection = self._connect()
         try:
-            text = self._request(connection, method, path, body).read()
+            text = _read(self._request(connection, method, path, body).read)
             return json.loads(text) if text else None
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise ReplicaError(f"{path}: {error!r}") from error
         finally:
             connection.close()
@@ -69,7 +70,11 @@ class Replica:
     def check(self) -> str:
         """Checks the server's health and returns its policy version."""
         self.call("GET", "/health")
-        return self.call("GET", "/weight_info")["weight_version"]
+        info = self.call("GET", "/weight_info")
+        if not isinstance(info, dict) or not isinstance(info.get("weight_version"), str):
+            raise ReplicaError(f"/weight_info: names no version: {str(info)[:200]}")
+        version: str = info["weight_version"]
+        return version
 
     def stream(self, body: dict[str, Any], version: str) -> Generator[dict[str, Any], None, None]:
         """Generates one response; yields vLLM's choices, the last of which has a finish_reason.
@@ -79,12 +84,12 @@ class Replica:
         """
         connection = self._connect()
         try:
-            held = json.load(self._request(connection, "GET", "/weight_info", None))["weight_version"]
+            held = json.loads(_read(self._request(connection, "GET", "/weight_info", None).read))["weight_version"]
             if held != version:
                 raise ReplicaError(f"holds policy version {held!r}, not {version!r}")
             response = self._request(connection, "POST", "/inference/v1/generate", {**body, "stream": True})
             while True:
-                line = response.readline()
+                line = _read(response.readline)
                 if not line:
                     raise ReplicaError("the connection closed in the middle of a response")
                 if not line.startswith(b"data: {"):
@@ -98,8 +103,10 @@ class Replica:
                     yield choice
                     if choice["finish_reason"] is not None:
                         return
-        except (OSError, http.client.HTTPException, ValueError) as error:
+        except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise ReplicaError(f"generation: {error!r}") from error
+        except (KeyError, TypeError, AttributeError) as error:  # JSON, and not what vLLM answers
+            raise ReplicaError(f"generation: an answer in another form: {error!r}") from error
         finally:
             connection.close()
 
@@ -123,7 +130,8 @@ class Replica:
 
     def end_update(self, version: str) -> None:
         """Drops what was computed with the old parameters, then states the new version."""
-        if not self.call("POST", "/reset_prefix_cache")["success"]:
+        done = self.call("POST", "/reset_prefix_cache")
+        if not isinstance(done, dict) or not done.get("success"):
             raise ReplicaError("kept its prefix cache after a hand-over")
         self.call("POST", "/update_weight_version", {"new_version": version})
         self.call("POST", "/resume")
@@ -147,7 +155,7 @@ class Replica:
         response = connection.getresponse()
         if response.status < 400:
             return response
-        text = response.read().decode(errors="replace")[:2000]
+        text = response.read(2000).decode(errors="replace")
         if response.status in (401, 403):
             raise RolloutError(f"vLLM server {self.url} refused the API key (HTTP {response.status}): {text}")
         if response.status == 404:
@@ -155,6 +163,14 @@ class Replica:
         if response.status < 500:
             raise RolloutError(f"vLLM server {self.url} refused {path} (HTTP {response.status}): {text}")
         raise ReplicaError(f"{path} failed (HTTP {response.status}): {text}")
+
+
+def _read(read: Callable[[int], bytes]) -> bytes:
+    """What a server sends, if it is not more than any answer of vLLM's. Raises ReplicaError."""
+    text = read(LARGEST_ANSWER + 1)
+    if len(text) > LARGEST_ANSWER:
+        raise ReplicaError(f"sends more than {LARGEST_ANSWER >> 20} MB at once")
+    return text
 
 
 def _check_versions(choice: dict[str, Any], version: str) -> None:

@@ -20,23 +20,44 @@ from typing import Any
 
 API_KEY_ENV = "MEGATRON_OPD_VLLM_API_KEY"
 OPEN_PATHS = ("/health", "/ping")
+LARGEST_BODY = 64 << 20  # bytes; token ids of a long prompt, or names and handles of all parameters, are some MB
 
 
 class RequireKey:
-    """ASGI middleware: every route but the health check needs `Authorization: Bearer KEY`, KEY being VLLM_API_KEY."""
+    """ASGI middleware: every route but the health check needs `Authorization: Bearer KEY`, KEY being VLLM_API_KEY, and
+    no request has more than LARGEST_BODY bytes. What is refused is not read."""
 
     def __init__(self, app: Any):
         self.app, self.key = app, os.environ.get("VLLM_API_KEY", "")
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
-        if scope["type"] == "http" and self.key and scope["path"] not in OPEN_PATHS:
-            given = dict(scope["headers"]).get(b"authorization", b"")
-            if not secrets.compare_digest(given, f"Bearer {self.key}".encode()):
-                headers = [(b"content-type", b"application/json")]
-                await send({"type": "http.response.start", "status": 401, "headers": headers})
-                await send({"type": "http.response.body", "body": b'{"error": "Unauthorized"}'})
-                return
-        await self.app(scope, receive, send)
+        if scope["type"] not in ("http", "websocket"):  # the server's own start and end
+            await self.app(scope, receive, send)
+            return
+        refused = self._refused(scope)
+        if refused is None:
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            status, error = refused
+            headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
+            await send({"type": "http.response.start", "status": status, "headers": headers})
+            await send({"type": "http.response.body", "body": json.dumps({"error": error}).encode()})
+
+    def _refused(self, scope: Any) -> tuple[int, str] | None:
+        """The HTTP status and why, or None."""
+        given = [value for name, value in scope["headers"] if name == b"authorization"]
+        is_open = scope["type"] == "http" and scope["path"] in OPEN_PATHS
+        if self.key and not is_open:
+            if len(given) != 1 or not secrets.compare_digest(given[0], f"Bearer {self.key}".encode()):
+                return 401, "Unauthorized"
+        headers = dict(scope["headers"])
+        if b"transfer-encoding" in headers:
+            return 411, "state the length of the body"
+        if int(headers.get(b"content-length", b"0")) > LARGEST_BODY:  # the server has checked that it is a number
+            return 413, f"more than {LARGEST_BODY} bytes"
+        return None
 
 
 def build_parser() -> argparse.ArgumentParser:

@@ -21,7 +21,7 @@ import uuid
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
-from contextlib import closing
+from contextlib import closing, contextmanager
 from typing import Any, Literal
 
 import torch
@@ -132,13 +132,14 @@ class VllmServerEngine(RolloutEngine):
             probes, names = [], []
             for replica in self.pool.live:
                 try:
-                    table = replica.call("POST", "/inference/v1/generate", body)["prompt_logprobs"]
+                    with _answers_of_vllm():
+                        table = replica.call("POST", "/inference/v1/generate", body)["prompt_logprobs"]
+                        entries = zip(table[1:], tokens[1:], strict=True)
+                        probe = [float(entry[str(token)]["logprob"]) for entry, token in entries]
                 except ReplicaError as error:
                     self.pool.mark_down(replica, error)
                     continue
-                probes.append(
-                    [entry[str(token)]["logprob"] for entry, token in zip(table[1:], tokens[1:], strict=True)]
-                )
+                probes.append(probe)
                 names.append(replica.url)
             if not probes:
                 raise RolloutError(f"no vLLM server is left: {self.pool.describe()}")
@@ -325,7 +326,7 @@ class _Run:
         tokens = [*response.request.prompt.tokens, *response.tokens[:pinned]]
         body = {"token_ids": tokens, "sampling_params": arguments}
         position = pinned
-        with closing(replica.stream(body, self.engine.tag(self.version))) as choices:
+        with closing(replica.stream(body, self.engine.tag(self.version))) as choices, _answers_of_vllm():
             for choice in choices:
                 reason = choice["finish_reason"]
                 if reason is not None and reason not in END_REASONS:
@@ -344,9 +345,20 @@ class _Run:
                         response.finish(END_REASONS[reason])
 
 
+@contextmanager
+def _answers_of_vllm() -> Iterator[None]:
+    """What is JSON and yet no answer of vLLM's is a fault of the replica."""
+    try:
+        yield
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise ReplicaError(f"an answer in another form than vLLM's: {error!r}") from error
+
+
 def _put(response: Response, position: int, entry: dict[str, Any]) -> bool:
     """Puts a token at its position; False where the watcher has seen another one there."""
     token = entry["token_id"]
+    if not isinstance(token, int) or not isinstance(entry["logprob"], float | int):
+        raise ReplicaError(f"an answer in another form than vLLM's: {str(entry)[:200]}")
     if position < len(response.tokens):
         if response.tokens[position] == token:
             return True

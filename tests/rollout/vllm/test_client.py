@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import threading
 import time
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -17,18 +18,25 @@ import torch
 
 from megatron_opd.config import RolloutConfig, VllmConfig
 from megatron_opd.rollout.base import Sampling
-from megatron_opd.rollout.vllm.common import (
-    RolloutError,
-    agreeing_probe,
-    buckets,
-    request_seed,
-)
+from megatron_opd.rollout.vllm import client
+from megatron_opd.rollout.vllm.common import RolloutError, agreeing_probe, buckets, request_seed
 from megatron_opd.rollout.vllm.files import TransferFiles
 from megatron_opd.rollout.vllm.server import VllmServerEngine
 from tests.rollout.vllm.tiny import Watcher, requests, texts
 
 EOS = 7
 SAMPLING = Sampling(max_tokens=24, seed=1, top_logprobs=2)
+
+
+WRONG = (
+    '{"choices": [{"finish_reason": null, "token_ids": [5]}]}',
+    '{"choices": [{"finish_reason": null, "token_ids": [5], "logprobs": {"content": [{}]}}]}',
+    '{"choices": [{"finish_reason": null, "token_ids": 5, "logprobs": null}]}',
+    '{"choices": {"a": 1}}',
+    '{"choice": []}',
+    '{"choices": [{"finish_reason": "length", "weight_versions": 7}]}',
+    '{"choices": [{"finish_reason": null, "token_ids": [5], "logprobs": {"content": [{"token_id": "5"}]}}]}',
+)
 
 
 class StandIn:
@@ -101,6 +109,12 @@ class StandIn:
         handler.send_header("Connection", "close")
         handler.end_headers()
         handler.close_connection = True
+        if self.broken in WRONG:
+            handler.wfile.write(f"data: {self.broken}\n\n".encode())
+            return
+        with suppress(OSError):  # the client has enough
+            while self.broken == "endless":
+                handler.wfile.write(b"data: {" * 10_000)
         sampling = body["sampling_params"]
         for i in range(sampling["max_tokens"]):
             if self.broken == "die" and i >= self.after:
@@ -335,3 +349,40 @@ def test_serve_refuses_an_open_port_without_a_key(monkeypatch):
     assert '{"backend": "nccl"}' in command
     with pytest.raises(ValueError, match="--transfer ipc needs GPUs"):
         serve_command(build_parser().parse_args([*base, "--transfer", "ipc"]), gpu=False)
+
+
+def test_five_hundred_requests_at_once_are_answered_once_each(servers):
+    """Half of them by a server that sends slowly: 16 tokens, and the rest once all others are through."""
+    engine = build(servers, max_batch=250)
+    servers[0].broken, servers[0].after = "stall", 16
+
+    def open_when_the_other_is_done():
+        while servers[1].served < 250 or servers[1].running:
+            time.sleep(0.01)
+        servers[0].broken = ""
+        servers[0].gate.set()
+
+    threading.Thread(target=open_when_the_other_is_done, daemon=True).start()
+    rollouts = engine.generate(requests(500), SAMPLING)
+    assert texts(rollouts) == expected(500)
+    assert [r.index for r in rollouts] == list(range(500))
+    assert servers[0].served + servers[1].served == 500
+    engine.close()
+
+
+@pytest.mark.parametrize("answer", WRONG)
+def test_what_answers_in_another_form_is_a_broken_replica(servers, answer):
+    engine = build(servers, server_retries=5)
+    servers[0].broken = answer
+    assert texts(engine.generate(requests(12), SAMPLING)) == expected(12)
+    assert "answer in another form" in engine.pool.replicas[0].error
+    engine.close()
+
+
+def test_an_answer_without_end_is_cut_off(servers, monkeypatch):
+    monkeypatch.setattr(client, "LARGEST_ANSWER", 1 << 20)
+    engine = build(servers, server_retries=5)
+    servers[0].broken = "endless"
+    assert texts(engine.generate(requests(12), SAMPLING)) == expected(12)
+    assert "sends more than 1 MB at once" in engine.pool.replicas[0].error
+    engine.close()
