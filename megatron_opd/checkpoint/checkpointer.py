@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 import time
 from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,6 +24,7 @@ from megatron_opd.compat.dist_checkpointing import METADATA, CheckpointException
 from megatron_opd.compat.megatron import restart_scheduler
 from megatron_opd.config import Config
 from megatron_opd.errors import RepeatingError, describe
+from megatron_opd.files import remove_tree
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.collective import all_gather, is_rank_0, on_rank_0, together
 from megatron_opd.weights.converted import copy_side_files, load_converted, manifest_of, root_cause
@@ -243,7 +243,7 @@ class Checkpointer:
 
     def _failed(self, step: int, problem: str, partial: Path | None = None) -> None:
         if is_rank_0() and partial is not None:
-            shutil.rmtree(partial, ignore_errors=True)
+            remove_tree(partial)
         self.failures += 1
         self.problem = problem
         self._unsaved = True
@@ -313,7 +313,7 @@ class Checkpointer:
 
 
 def _make_partial(partial: Path) -> None:
-    shutil.rmtree(partial, ignore_errors=True)
+    remove_tree(partial)
     for part in (directory.PARAMETERS, directory.OPTIMIZER):
         (partial / part).mkdir(parents=True)
 

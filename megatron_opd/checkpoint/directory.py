@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.files import remove_tree
 from megatron_opd.weights.converted import CHECKPOINT, MANIFEST, manifest_problem
 
 PARAMETERS = CHECKPOINT
@@ -97,7 +98,7 @@ def remove_partial(root: Path) -> list[str]:
     """Removes what interrupted saves have left; returns the names."""
     left = sorted(root.glob(".step_*.partial")) if root.is_dir() else []
     for path in left:
-        shutil.rmtree(path, ignore_errors=True)
+        remove_tree(path)
     return [path.name for path in left]
 
 
@@ -117,7 +118,9 @@ def seal(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
     _sync(marker)
     for folder in (*[path for path in partial.rglob("*") if path.is_dir()], partial):
         _sync(folder)
-    if final.exists():
+    if final.is_symlink():
+        final.unlink()
+    elif final.exists():
         shutil.rmtree(final)
     partial.rename(final)
     _sync(final.parent)
@@ -132,7 +135,7 @@ def remove_old(root: Path, keep_last: int, keep_every: int) -> None:
         # Renamed first: a half removed directory must not look like a checkpoint.
         doomed = old.path.with_name(f".{old.path.name}.partial")
         old.path.rename(doomed)
-        shutil.rmtree(doomed, ignore_errors=True)
+        remove_tree(doomed)
 
 
 def _digest(path: Path) -> str:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.data.sources import DataError, Row, RowReader, metadata_of, parse_json_line, read_rows
+from megatron_opd.files import new_file
 
 
 @dataclass
@@ -49,7 +50,7 @@ def convert(
     seen: set[str] = set()
     written = duplicates = 0
     try:
-        with partial.open("w", encoding="utf-8") as file:
+        with new_file(partial).open("x", encoding="utf-8") as file:
             for row in read_rows(source):
                 values = _our_values(row, reader, name)
                 key = json.dumps(values["prompt"])

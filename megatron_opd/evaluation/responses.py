@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.evaluation.metrics import JudgedResponse
+from megatron_opd.files import write_whole
 from megatron_opd.rollout.base import Request
 
 
@@ -24,7 +25,7 @@ def request_key(parameters: str, sampling: dict[str, Any], request: Request) -> 
 def old_name(path: Path) -> Path:
     """A free name for what stood at `path`: NAME.old.jsonl, NAME.old2.jsonl, ..."""
     names = (path.with_suffix(f".old{number if number > 1 else ''}{path.suffix}") for number in itertools.count(1))
-    return next(name for name in names if not name.exists())
+    return next(name for name in names if not os.path.lexists(name))
 
 
 def judged_response(record: dict[str, Any]) -> JudgedResponse:
@@ -47,15 +48,14 @@ class ResponseFile:
         Returns the records by key, and how many others there were.
         """
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        self.path.touch()
         finished: dict[str, dict[str, Any]] = {}
         others = 0
-        lines = self.path.read_bytes().splitlines(keepends=True)
+        lines = self.path.read_bytes().splitlines(keepends=True) if self.path.exists() else []
         for line in lines:
             try:
                 record = json.loads(line)
-                complete = line.endswith(b"\n") and isinstance(record, dict) and "key" in record
-            except ValueError:
+                complete = line.endswith(b"\n") and isinstance(record, dict) and isinstance(record.get("key"), str)
+            except (ValueError, RecursionError):
                 complete = False
             if not complete:
                 continue
@@ -65,7 +65,7 @@ class ResponseFile:
                 others += 1
         if others:
             self.keep_old()
-        if len(finished) < len(lines):
+        if len(finished) < len(lines) or not self.path.exists() or self.path.is_symlink():
             self.rewrite(list(finished.values()))
         return finished, others
 
@@ -75,10 +75,7 @@ class ResponseFile:
 
     def rewrite(self, records: list[dict[str, Any]]) -> None:
         """Leaves the file holding exactly these, whole or not at all."""
-        partial = self.path.with_name(self.path.name + ".partial")
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(_line(record) for record in records)
-        os.replace(partial, self.path)
+        write_whole(self.path, (_line(record) for record in records))
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """Adds records and sees them onto the disk."""

@@ -20,6 +20,7 @@ from megatron_opd.errors import ConfigError, RunError
 from megatron_opd.evaluation.metrics import JudgedResponse, summarize
 from megatron_opd.evaluation.responses import ResponseFile, judged_response, old_name, request_key
 from megatron_opd.evaluation.verifiers import Case, Verdict, VerifierError, VerifierPool, response_text
+from megatron_opd.files import write_whole
 from megatron_opd.parallel.collective import on_rank_0
 from megatron_opd.plugins import is_own
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
@@ -274,6 +275,4 @@ def _write_summary(path: Path, value: dict[str, Any]) -> None:
         other = False
     if other:
         os.replace(path, old_name(path))
-    unfinished = path.with_name(path.name + ".partial")
-    unfinished.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    os.replace(unfinished, path)
+    write_whole(path, [json.dumps(value, indent=1) + "\n"])

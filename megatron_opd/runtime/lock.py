@@ -7,6 +7,7 @@ O_EXCL and replaced whole, which shared file systems keep atomic between nodes; 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
 import socket
@@ -80,11 +81,14 @@ class RunLock:
     def _owner(self) -> dict[str, Any] | None:
         """None where there is no lock; an empty one where it is not readable (its owner is just writing it)."""
         try:
-            return json.loads(self.path.read_text(encoding="utf-8"))
+            owner = json.loads(self.path.read_text(encoding="utf-8"))
         except FileNotFoundError:
+            if self.path.is_symlink():
+                raise OSError(errno.ELOOP, "it is a link to nothing; remove it", str(self.path)) from None
             return None
-        except ValueError:
+        except (ValueError, RecursionError):
             return {}
+        return owner if isinstance(owner, dict) and all(key in owner for key in self.identity) else {}
 
     def _death_of(self, owner: dict[str, Any]) -> str:
         """Why the owner cannot be running any more; empty where it may."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from megatron_opd.files import new_file
 from megatron_opd.types import ScoredBatch
 
 
@@ -41,5 +42,8 @@ def dump_bad_step(run_dir: str, step: int, reason: str, batch: ScoredBatch) -> P
         )
     path = Path(run_dir, "bad_steps", f"step_{step:06d}.pt")
     path.parent.mkdir(parents=True, exist_ok=True)
-    torch.save({"step": step, "reason": reason, "response_tokens": batch.response_tokens, "responses": responses}, path)
+    torch.save(
+        {"step": step, "reason": reason, "response_tokens": batch.response_tokens, "responses": responses},
+        new_file(path),
+    )
     return path

@@ -9,6 +9,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.files import write_whole
+
 FILE = "metrics.jsonl"
 
 
@@ -58,7 +60,7 @@ class MetricsLog:
     def __init__(self, run_dir: str, first_step: int) -> None:
         self.path = Path(run_dir, FILE)
         self._drop_from(first_step)
-        self.descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY, 0o644)
+        self.descriptor = os.open(self.path, os.O_CREAT | os.O_APPEND | os.O_WRONLY | os.O_NOFOLLOW, 0o644)
         self._unwritten: list[str] = []
         self._warning = ""  # of TensorBoard, until a step's line has it
         self.board: Any = None
@@ -71,12 +73,11 @@ class MetricsLog:
 
     def _drop_from(self, step: int) -> None:
         """After a resume, steps behind the checkpoint are run again: their old lines go, and what is no step's line."""
-        if not self.path.exists():
+        if not os.path.lexists(self.path):
             return
-        kept = [json.dumps(strict(values)) + "\n" for values in read_steps(self.path) if values["step"] < step]
-        scratch = self.path.with_suffix(".jsonl.tmp")
-        scratch.write_text("".join(kept), encoding="utf-8")
-        os.replace(scratch, self.path)
+        steps = read_steps(self.path) if self.path.exists() else []  # a link to nothing
+        kept = [json.dumps(strict(values)) + "\n" for values in steps if values["step"] < step]
+        write_whole(self.path, kept)
 
     def write(self, values: dict[str, Any]) -> str:
         """Adds a step's line; returns what is wrong with the disk, if anything. When TensorBoard has failed, the line

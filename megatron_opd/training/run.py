@@ -16,6 +16,7 @@ from megatron_opd.data.prompts import load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.errors import InputError, describe
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
+from megatron_opd.files import write_whole
 from megatron_opd.parallel.collective import on_rank_0, together
 from megatron_opd.prune import ResponseBudget, StaircaseBudget
 from megatron_opd.prune.signals import make_signal
@@ -126,7 +127,7 @@ class Run:
     def _open_files(self, first: int) -> MetricsLog:
         """Writes the config down and opens the metrics, from step `first` on. Raises InputError."""
         try:
-            Path(self.config.run_dir, "config.yaml").write_text(dump_config(self.config), encoding="utf-8")
+            write_whole(Path(self.config.run_dir, "config.yaml"), [dump_config(self.config)])
             return MetricsLog(self.config.run_dir, first)
         except OSError as error:
             raise InputError(f"run_dir: {self.config.run_dir} cannot be written to: {describe(error)}") from error

@@ -22,7 +22,7 @@ from megatron_opd.rollout.vllm.common import RolloutError
 CONNECT_TIMEOUT_S = 10.0
 FIRST_BACKOFF_S = 0.5
 LAST_BACKOFF_S = 60.0
-LARGEST_ANSWER = 64 << 20  # bytes; some tokens with their candidates, or the log-probs of a probe, are far less
+LARGEST_REPLY = 64 << 20  # bytes; some tokens with their candidates, or the log-probs of a probe, are far less
 
 
 def backoff_s(failures: int) -> float:
@@ -105,8 +105,8 @@ class Replica:
                         return
         except (OSError, http.client.HTTPException, ValueError, RecursionError) as error:
             raise ReplicaError(f"generation: {error!r}") from error
-        except (KeyError, TypeError, AttributeError) as error:  # JSON, and not what vLLM answers
-            raise ReplicaError(f"generation: an answer in another form: {error!r}") from error
+        except (KeyError, TypeError, AttributeError) as error:  # JSON, and not what vLLM replies
+            raise ReplicaError(f"generation: a reply in another form: {error!r}") from error
         finally:
             connection.close()
 
@@ -166,10 +166,10 @@ class Replica:
 
 
 def _read(read: Callable[[int], bytes]) -> bytes:
-    """What a server sends, if it is not more than any answer of vLLM's. Raises ReplicaError."""
-    text = read(LARGEST_ANSWER + 1)
-    if len(text) > LARGEST_ANSWER:
-        raise ReplicaError(f"sends more than {LARGEST_ANSWER >> 20} MB at once")
+    """What a server sends, if it is not more than any reply of vLLM's. Raises ReplicaError."""
+    text = read(LARGEST_REPLY + 1)
+    if len(text) > LARGEST_REPLY:
+        raise ReplicaError(f"sends more than {LARGEST_REPLY >> 20} MB at once")
     return text
 
 

@@ -62,7 +62,9 @@ def _remove(directory: Path, lock: int) -> None:
 def _remove_abandoned(parent: Path) -> None:
     for path in parent.glob(f"{PREFIX}*/lock"):
         try:
-            lock = os.open(path, os.O_RDWR)
+            if path.parent.is_symlink() or path.parent.stat().st_uid != os.getuid():
+                continue
+            lock = os.open(path, os.O_RDWR | os.O_NOFOLLOW)
         except OSError:  # another user's, or gone by now
             continue
         try:

@@ -132,7 +132,7 @@ class VllmServerEngine(RolloutEngine):
             probes, names = [], []
             for replica in self.pool.live:
                 try:
-                    with _answers_of_vllm():
+                    with _replies_of_vllm():
                         table = replica.call("POST", "/inference/v1/generate", body)["prompt_logprobs"]
                         entries = zip(table[1:], tokens[1:], strict=True)
                         probe = [float(entry[str(token)]["logprob"]) for entry, token in entries]
@@ -326,7 +326,7 @@ class _Run:
         tokens = [*response.request.prompt.tokens, *response.tokens[:pinned]]
         body = {"token_ids": tokens, "sampling_params": arguments}
         position = pinned
-        with closing(replica.stream(body, self.engine.tag(self.version))) as choices, _answers_of_vllm():
+        with closing(replica.stream(body, self.engine.tag(self.version))) as choices, _replies_of_vllm():
             for choice in choices:
                 reason = choice["finish_reason"]
                 if reason is not None and reason not in END_REASONS:
@@ -346,19 +346,19 @@ class _Run:
 
 
 @contextmanager
-def _answers_of_vllm() -> Iterator[None]:
-    """What is JSON and yet no answer of vLLM's is a fault of the replica."""
+def _replies_of_vllm() -> Iterator[None]:
+    """What is JSON and yet no reply of vLLM's is a fault of the replica."""
     try:
         yield
     except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
-        raise ReplicaError(f"an answer in another form than vLLM's: {error!r}") from error
+        raise ReplicaError(f"a reply in another form than vLLM's: {error!r}") from error
 
 
 def _put(response: Response, position: int, entry: dict[str, Any]) -> bool:
     """Puts a token at its position; False where the watcher has seen another one there."""
     token = entry["token_id"]
     if not isinstance(token, int) or not isinstance(entry["logprob"], float | int):
-        raise ReplicaError(f"an answer in another form than vLLM's: {str(entry)[:200]}")
+        raise ReplicaError(f"a reply in another form than vLLM's: {str(entry)[:200]}")
     if position < len(response.tokens):
         if response.tokens[position] == token:
             return True

@@ -375,12 +375,12 @@ def test_what_answers_in_another_form_is_a_broken_replica(servers, answer):
     engine = build(servers, server_retries=5)
     servers[0].broken = answer
     assert texts(engine.generate(requests(12), SAMPLING)) == expected(12)
-    assert "answer in another form" in engine.pool.replicas[0].error
+    assert "reply in another form" in engine.pool.replicas[0].error
     engine.close()
 
 
 def test_an_answer_without_end_is_cut_off(servers, monkeypatch):
-    monkeypatch.setattr(client, "LARGEST_ANSWER", 1 << 20)
+    monkeypatch.setattr(client, "LARGEST_REPLY", 1 << 20)
     engine = build(servers, server_retries=5)
     servers[0].broken = "endless"
     assert texts(engine.generate(requests(12), SAMPLING)) == expected(12)
