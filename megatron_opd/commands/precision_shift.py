@@ -168,7 +168,9 @@ def measure(
         for name, changes in zip(names, (first, second)):
             model = _build(role, changed(role, settings[role], changes), layouts[role], device)
             if not rollouts:
-                engine = MegatronEngine(model, set(tokenizer.eos_ids), config.rollout.max_batch)
+                engine = MegatronEngine(
+                    model, set(tokenizer.eos_ids), config.rollout.max_batch, config.rollout.cache_gib
+                )
                 rollouts = sample_responses(config, engine, tokenizer, PROMPTS, TOKENS)
                 del engine
             readings[role][name] = top_candidates(model, rollouts, config.prune.k, config.train.tokens_per_microbatch)

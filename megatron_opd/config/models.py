@@ -93,6 +93,9 @@ class ModelConfig(Section):
 class TeacherConfig(ModelConfig):
     offload: bool = False
     """Keep the teacher's parameters in host memory outside the scoring pass."""
+    cache_gib: float | None = Field(default=None, gt=0)
+    """Most GiB that the teacher's keys and values of running responses take on a rank, where it reads in segments; what
+    does not fit waits in host memory for its turn. null: what the responses' tokens take."""
     system: str | None = None
     """System message that the teacher reads, in place of data.system and of a system message in the prompt."""
     context_key: str | None = None

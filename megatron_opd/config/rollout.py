@@ -69,6 +69,9 @@ class RolloutConfig(Section):
     max_batch: Positive = 256
     """Responses in generation at once per data- and context-parallel rank (or vLLM engine); the others wait for a free
     slot."""
+    cache_gib: float | None = Field(default=None, gt=0)
+    """engine: megatron: most GiB that keys and values take on a rank; a request waits until prompt and longest response
+    fit. null: what the running responses' tokens take."""
     bucket_mb: Positive = 512
     """Parameters are gathered and handed over in buckets of at most this size."""
     sync_tolerance: float | None = Field(default=None, gt=0)

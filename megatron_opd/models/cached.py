@@ -13,15 +13,30 @@ from megatron_opd.compat.gpt_model import head_input, run_chunk, set_input
 from megatron_opd.compat.megatron import plain_linears, set_sequence_parallel
 from megatron_opd.models.fp8 import renew_fp8_copies, token_block
 from megatron_opd.models.model import Model
-from megatron_opd.models.packed import KVCache, PackedRow, decode_row, prefill_row
+from megatron_opd.models.packed import PackedRow, decode_row, prefill_row
+from megatron_opd.models.paged import BLOCK, KVCache
+
+GIB = 1 << 30
+
+
+def block_bytes(model: Model) -> int:
+    """Bytes of one block of keys and values in all layers of a stage: every stage has as many layers."""
+    config = model.config
+    layers = config.num_layers // model.layout.groups.pp.size()
+    heads = config.num_query_groups // model.layout.groups.tp.size()
+    return 2 * BLOCK * layers * heads * config.kv_channels * config.params_dtype.itemsize
 
 
 class CachedForward:
-    """One model's running sequences. All ranks of the model's pipeline make the same calls in the same order."""
+    """One model's running sequences. All ranks of the model's pipeline make the same calls in the same order.
 
-    def __init__(self, model: Model, slots: int) -> None:
+    With `cache_gib`, keys and values take at most so many GiB of this rank's device.
+    """
+
+    def __init__(self, model: Model, slots: int, cache_gib: float | None = None) -> None:
         self.model = model
-        self.cache = KVCache(slots)
+        limit = None if cache_gib is None else int(cache_gib * GIB) // block_bytes(model)
+        self.cache = KVCache(slots, limit)
         self._rows: Tensor | slice | None = None
 
     @contextmanager
@@ -57,13 +72,21 @@ class CachedForward:
             On the last stage the logits [R, vocab / tp] of the tokens named by `rows` [R] (all where None); None
             elsewhere.
         """
+        self.cache.bring(slots, [start + length for start, length in zip(starts, lengths)])
         row = prefill_row(lengths, starts, slots, self.cache, self.model.device, self._padding(tokens))
         return self._forward(tokens, row, rows)
 
-    def decode(self, tokens: Tensor, cached_length: Tensor, longest: int) -> Tensor | None:
-        """Runs one token [B] for each sequence at slots 0..B-1, whose lengths [B], at most `longest`, count it ->
-        [B, vocab / tp]."""
-        return self._forward(tokens, decode_row(cached_length, longest, self.cache, self._padding(tokens)), None)
+    def needs(self, tokens: int) -> str:
+        """What to set a bound to that has no room for one sequence of so many tokens, for an error's message."""
+        gib = -(-tokens // BLOCK) * block_bytes(self.model) / GIB
+        return (
+            f"the {tokens} tokens of one prompt and response take {gib:.3g} GiB on a rank; set it to {1.01 * gib:.3g}"
+        )
+
+    def decode(self, tokens: Tensor, lengths: list[int]) -> Tensor | None:
+        """Runs one token [B] for each sequence at slots 0..B-1, whose lengths [B] count it -> [B, vocab / tp]."""
+        row = decode_row(lengths, self.cache, self.model.device, self._padding(tokens))
+        return self._forward(tokens, row, None)
 
     def _padding(self, tokens: Tensor) -> int:
         return -tokens.numel() % token_block(self.model.config)

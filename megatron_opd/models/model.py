@@ -35,6 +35,7 @@ class Model:
     transformer_engine: bool
     terminators: tuple[int, ...] = ()  # a teacher's, whose joint log-prob is part of its scores (loss.stop: event)
     offload: bool = False  # parameters live in host memory outside `resident`
+    cache_gib: float | None = None  # a teacher's: most that the keys and values of running responses take on a rank
 
     @contextmanager
     def resident(self) -> Iterator[None]:

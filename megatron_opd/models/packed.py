@@ -1,16 +1,17 @@
 """Rows of packed tokens: the one form in which tokens go through a model, in training, scoring and generation.
 
 A row holds several sequences one after the other, without padding: tokens [1, T], hidden states [T, 1, hidden]. It
-says where each sequence begins, which position each token has in its own sequence, and, in generation, which slot of
-a key/value cache belongs to it. `PackedAttention` is the attention core that reads it; Transformer Engine's core reads
-the same row through its THD fields. Under context parallelism each rank holds a part of every sequence of a row
-(`parallel/context.py`); rows with a cache are never split.
+says where each sequence begins, which position each token has in its own sequence, and, in generation, which blocks of
+a key/value cache (`paged.py`) belong to it. `PackedAttention` is the attention core that reads it; Transformer
+Engine's core reads the same row through its THD fields. Under context parallelism each rank holds a part of every
+sequence of a row (`parallel/context.py`); rows with a cache are never split.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.packed_seq_params import PackedSeqParams
@@ -24,44 +25,12 @@ from torch.nn.functional import pad as zero_pad
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
+from megatron_opd.models.paged import KVCache
 from megatron_opd.parallel.context import held_chunks, held_positions, row_order
 from megatron_opd.parallel.staging import to_device
 
 _MASKED_QUERIES = 512  # queries behind earlier keys need a mask: for so many of them at a time
-
-
-class KVCache:
-    """Keys and values of running sequences, a slot per sequence: [slots, kv heads / tp, positions, head dim].
-
-    Grows in positions as needed. Layers are addressed by their global, 1-based number.
-    """
-
-    def __init__(self, slots: int, positions: int = 256) -> None:
-        self.slots, self.positions = slots, positions
-        self._layers: dict[int, tuple[Tensor, Tensor]] = {}
-
-    def layer(self, number: int, like: Tensor) -> tuple[Tensor, Tensor]:
-        """The two buffers of a layer; made on first use with the dtype, heads and head size of `like` [T, h, d]."""
-        if number not in self._layers:
-            shape = (self.slots, like.shape[1], self.positions, like.shape[2])
-            self._layers[number] = (like.new_zeros(shape), like.new_zeros(shape))
-        return self._layers[number]
-
-    def reserve(self, positions: int) -> None:
-        """Makes room for sequences of this many tokens."""
-        if positions <= self.positions:
-            return
-        grown = max(positions, self.positions + self.positions // 2)
-        for number, (keys, values) in self._layers.items():
-            pad = (0, 0, 0, grown - self.positions)
-            self._layers[number] = (torch.nn.functional.pad(keys, pad), torch.nn.functional.pad(values, pad))
-        self.positions = grown
-
-    def move(self, source: int, target: int, length: int) -> None:
-        """Copies one sequence's `length` positions to another slot."""
-        for keys, values in self._layers.values():
-            keys[target, :, :length] = keys[source, :, :length]
-            values[target, :, :length] = values[source, :, :length]
+_GATHERED_TOKENS = 1 << 18  # decode: cached positions whose keys and values are brought together at a time
 
 
 @dataclass
@@ -72,10 +41,11 @@ class PackedRow(PackedSeqParams):
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence in this row, T in all
     context: tuple[int, int] = (0, 1)  # context-parallel rank and size
     cache: KVCache | None = None
-    slots: list[int] = field(default_factory=list)  # cache slot of each sequence
+    addresses: Tensor | None = None  # [T] int64, where in the cache's pools each token's keys and values go
     starts: list[int] = field(default_factory=list)  # position of each sequence's first token in this row
+    earlier: list[Tensor] = field(default_factory=list)  # blocks [n] int64 of each sequence; empty where it starts here
+    table: Tensor | None = None  # decode: [B, n] int64, blocks of each sequence
     padding: int = 0  # tokens at the row's end that belong to no sequence: FP8 wants whole blocks; with a cache only
-    cached_length: Tensor | None = None  # decode: [B] int64 lengths, this row's token included, at slots 0..B-1
     _keep: Tensor | None = None  # decode: [B, 1, 1, longest] bool, which cached positions a token may see
     _held: Tensor | None = None  # [T / cp] int64, positions in the row of the tokens that this rank holds
     _order: Tensor | None = None  # [T] int64, where each of the row's tokens lies in all ranks' parts
@@ -92,9 +62,9 @@ class PackedRow(PackedSeqParams):
 
     def keep_mask(self) -> Tensor:
         if self._keep is None:
-            assert self.cached_length is not None
-            positions = torch.arange(self.max_seqlen_kv, device=self.cached_length.device)
-            self._keep = (positions[None] < self.cached_length[:, None])[:, None, None]
+            assert self.positions is not None and self.table is not None
+            cached = torch.arange(self.max_seqlen_kv, device=self.positions.device)
+            self._keep = (cached[None] <= self.positions[: len(self.table), None])[:, None, None]
         return self._keep
 
 
@@ -128,33 +98,44 @@ def prefill_row(
     lengths: list[int], starts: list[int], slots: list[int], cache: KVCache, device: torch.device, padding: int = 0
 ) -> PackedRow:
     """A row whose tokens continue cached sequences (or begin them, start 0) at the given slots."""
-    longest = max(s + n for s, n in zip(starts, lengths))
-    cache.reserve(longest)
-    positions = torch.cat([torch.arange(s, s + n) for s, n in zip(starts, lengths)])
+    ends = [s + n for s, n in zip(starts, lengths)]
+    cache.reserve(slots, ends)
+    positions = numpy.concatenate([numpy.arange(s, e) for s, e in zip(starts, ends)])
+    addresses = cache.addresses(numpy.repeat(slots, lengths), positions)
+    earlier = [cache.table([p], e)[0] if s else addresses[:0] for p, s, e in zip(slots, starts, ends)]
+    columns = [numpy.pad(positions, (0, padding)), addresses, *earlier]
+    on_device = to_device([torch.from_numpy(column) for column in columns], device)
     return PackedRow(
         qkv_format="sbhd",
-        max_seqlen_q=longest,
-        max_seqlen_kv=longest,
+        max_seqlen_q=max(ends),
+        max_seqlen_kv=max(ends),
         lengths=lengths,
         cache=cache,
-        positions=zero_pad(positions, (0, padding)).to(device),
-        slots=slots,
+        positions=on_device[0],
+        addresses=on_device[1],
         starts=starts,
+        earlier=on_device[2:],
         padding=padding,
     )
 
 
-def decode_row(cached_length: Tensor, longest: int, cache: KVCache, padding: int = 0) -> PackedRow:
-    """One new token for each of the sequences at slots 0..B-1; `cached_length` [B] counts it, `longest` is its
-    maximum, which the host knows without asking the device."""
-    cache.reserve(longest)
+def decode_row(lengths: list[int], cache: KVCache, device: torch.device, padding: int = 0) -> PackedRow:
+    """One new token for each of the sequences at slots 0..B-1; their `lengths` [B] count it."""
+    slots = numpy.arange(len(lengths))
+    cache.reserve(slots, lengths)
+    longest = max(lengths)
+    positions = numpy.array(lengths) - 1
+    table = cache.table(slots, longest)
+    columns = [numpy.pad(positions, (0, padding)), cache.addresses(slots, positions), table]
+    on_device = to_device([torch.from_numpy(column) for column in columns], device)
     return PackedRow(
         qkv_format="sbhd",
         max_seqlen_q=longest,
         max_seqlen_kv=longest,
-        positions=zero_pad(cached_length - 1, (0, padding)),
+        positions=on_device[0],
         cache=cache,
-        cached_length=cached_length,
+        addresses=on_device[1],
+        table=on_device[2],
         padding=padding,
     )
 
@@ -232,7 +213,7 @@ class PackedAttention(MegatronModule):
             out = self._part(query, key, value, row)
         elif row.cache is None:
             out = self._whole(query, key, value, row)
-        elif row.cached_length is None:
+        elif row.table is None:
             out = self._prefill(query, key, value, row)
         else:
             out = self._decode(query, key, value, row)
@@ -289,33 +270,37 @@ class PackedAttention(MegatronModule):
                 outs.append(self._attend(part, k[:end], v[:end], end - chunk))
         return torch.cat(outs)
 
+    def _cached(self, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
+        """The layer's pool [2, blocks, BLOCK, g, d] with this row's keys and values [T, g, d] in it."""
+        assert row.cache is not None and row.addresses is not None
+        pool = row.cache.pool(self.layer_number, key)
+        tokens = pool.flatten(1, 2)
+        tokens[0].index_copy_(0, row.addresses, key)
+        tokens[1].index_copy_(0, row.addresses, value)
+        return pool
+
     def _prefill(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
-        assert row.cache is not None
-        keys, values = row.cache.layer(self.layer_number, key)
+        keys, values = self._cached(key, value, row)
         outs = []
         parts = (x.split(row.lengths) for x in (query, key, value))
-        for q, k, v, start, slot in zip(*parts, row.starts, row.slots):
-            end = start + q.shape[0]
-            keys[slot, :, start:end] = k.transpose(0, 1)
-            values[slot, :, start:end] = v.transpose(0, 1)
+        for q, k, v, start, blocks in zip(*parts, row.starts, row.earlier):
             if start:
-                k, v = keys[slot, :, :end].transpose(0, 1), values[slot, :, :end].transpose(0, 1)
+                k, v = (pool[blocks].flatten(0, 1)[: start + len(q)] for pool in (keys, values))
             outs.append(self._attend(q, k, v, start))
         return torch.cat(outs)
 
     def _decode(self, query: Tensor, key: Tensor, value: Tensor, row: PackedRow) -> Tensor:
-        assert row.cache is not None and row.positions is not None
-        keys, values = row.cache.layer(self.layer_number, key)
+        assert row.table is not None
+        pool = self._cached(key, value, row)
         batch, heads, dim = query.shape
         kv_heads = key.shape[1]
-        which, positions = torch.arange(batch, device=query.device), row.positions[:batch]
-        keys[which, :, positions] = key
-        values[which, :, positions] = value
         mask = row.keep_mask()
         longest = mask.shape[-1]
         # A group's query heads stand where a longer query would: no key is copied per head.
         grouped = query.view(batch, kv_heads, heads // kv_heads, dim)
-        out = scaled_dot_product_attention(
-            grouped, keys[:batch, :, :longest], values[:batch, :, :longest], attn_mask=mask, scale=self.scale
-        )
-        return out.reshape(batch, heads, dim)
+        at_once = max(1, _GATHERED_TOKENS // longest)
+        outs = []
+        for part, blocks, keep in zip(grouped.split(at_once), row.table.split(at_once), mask.split(at_once)):
+            keys, values = (x[blocks].flatten(1, 2)[:, :longest].transpose(1, 2) for x in pool)
+            outs.append(scaled_dot_product_attention(part, keys, values, attn_mask=keep, scale=self.scale))
+        return torch.cat(outs).reshape(batch, heads, dim)

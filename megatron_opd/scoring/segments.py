@@ -9,6 +9,7 @@ import torch
 from megatron_opd.models.cached import CachedForward
 from megatron_opd.models.headless import HeadInput
 from megatron_opd.models.model import Model
+from megatron_opd.models.paged import BLOCK, CacheFull
 from megatron_opd.parallel.exchange import Fields, share_fields
 from megatron_opd.prune.signals import DriftSignal
 from megatron_opd.rollout.base import Segment
@@ -27,7 +28,7 @@ class SegmentScorer:
     ) -> None:
         self.teacher, self.signal = teacher, signal
         self.tokens, self.slots = tokens_per_microbatch, slots
-        self.forward = CachedForward(teacher, slots)
+        self.forward = CachedForward(teacher, slots, teacher.cache_gib)
         self.head_input = HeadInput(teacher) if sends_hidden else None
         self._free: list[list[int]] = [list(range(slots))[::-1] for _ in range(teacher.layout.replicas)]
         # Of each running response, by its index:
@@ -57,7 +58,10 @@ class SegmentScorer:
     def release(self, index: int) -> None:
         """The response has ended: its slot is free."""
         if index in self._slot:
-            self._free[self._replica.pop(index)].append(self._slot.pop(index))
+            replica, slot = self._replica.pop(index), self._slot.pop(index)
+            self._free[replica].append(slot)
+            if replica == self.teacher.layout.replica:
+                self.forward.cache.release(slot)
             del self._cached[index]
             self._last.pop(index, None)
 
@@ -75,15 +79,22 @@ class SegmentScorer:
         self._cached[index] = 0
 
     def _batches(self, segments: list[Segment]) -> list[list[Segment]]:
+        """Passes of at most `tokens` tokens, or one longer segment, whose keys and values fit the cache together."""
         batches: list[list[Segment]] = []
-        room = 0
+        limit, room, blocks = self.forward.cache.limit, 0, 0
         for s in segments:
             tokens = len(s.tokens) + (len(s.request.prompt.teacher_tokens) if s.start == 0 else 0)
-            if not batches or tokens > room:
+            length = self._cached[s.request.index] + tokens
+            needed = -(-length // BLOCK)
+            if limit is not None and needed > limit:
+                bound = f"teacher.cache_gib: {self.teacher.cache_gib:g}"
+                raise CacheFull(f"{bound} is too small: {self.forward.needs(length)} or more (null is no bound)")
+            if not batches or tokens > room or (limit is not None and needed > blocks):
                 batches.append([])
-                room = self.tokens
+                room, blocks = self.tokens, limit or 0
             batches[-1].append(s)
             room -= tokens
+            blocks -= needed
         return batches
 
     def _run(self, segments: list[Segment]) -> list[tuple[int, Fields]]:

@@ -78,6 +78,7 @@ def build_trainer(config: Config, device: torch.device) -> Trainer:
     teacher = build_model("teacher", config.teacher, layouts[1], device)
     for chunk in teacher.chunks:
         chunk.requires_grad_(False)
+    teacher.cache_gib = config.teacher.cache_gib
     if config.teacher.offload:
         if device.type == "cpu":
             raise ConfigError("teacher.offload: true moves parameters off a GPU, and there is none; set it to false")

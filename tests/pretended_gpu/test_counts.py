@@ -10,7 +10,7 @@ from tests.tiny_run import TinyRun
 
 # With loss.kernels: torch. waits: item(), tolist(), nonzero(). Pageable copies and those back wait, too.
 LIMITS = {
-    "decode step": {"waits": 1},
+    "decode step": {"pinned": 1, "waits": 1},  # the blocks of every running response
     "scored row": {"pinned": 3, "copies_back": 1, "waits": 1},  # NaN looked for by the torch kernels
     "response in a scored row": {},
     "micro-batch built": {"pinned": 2, "copies_back": 2},  # the prune weights of its two responses

@@ -11,7 +11,8 @@ import torch
 import torch.distributed as dist
 
 from megatron_opd.config import Config, ConfigError, PruneConfig, parse_config
-from megatron_opd.models.cached import CachedForward
+from megatron_opd.models.cached import GIB, CachedForward, block_bytes
+from megatron_opd.models.paged import BLOCK
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.rollout.base import Request, Sampling, Segment
 from megatron_opd.rollout.megatron.engine import MegatronEngine
@@ -110,6 +111,12 @@ def teacher_passes(rank: int, directories: dict[str, str], known: reference_step
                 found[layout, name, "separate"] = score_rollouts(teacher, rollouts, signal, 60)
                 scorer = SegmentScorer(teacher, signal, 60, slots=len(rollouts))
                 found[layout, name, "segments"] = in_segments(scorer, rollouts, seed=4)
+                longest = max(len(r.prompt.teacher_tokens) + len(r) for r in rollouts)
+                teacher.cache_gib = (-(-longest // BLOCK) + 0.5) * block_bytes(teacher) / GIB  # one response's
+                bounded = SegmentScorer(teacher, signal, 60, slots=len(rollouts))
+                found[layout, name, "bounded"] = in_segments(bounded, rollouts, seed=4)
+                assert bounded.forward.cache.blocks <= -(-longest // BLOCK)
+                teacher.cache_gib = None
                 assert scorer._slot == scorer._cached == scorer._last == {}  # every response has left
             signal = make_signal(PruneConfig(signal="overlap", k=K))
             found[layout, "own prompts", "separate"] = score_rollouts(teacher, of_another_prompt(rollouts), signal, 60)
@@ -217,7 +224,7 @@ def results(directories, known):
     return run_distributed(4, everything, directories, known)
 
 
-@pytest.mark.parametrize("way", ["separate", "segments"])
+@pytest.mark.parametrize("way", ["separate", "segments", "bounded"])
 @pytest.mark.parametrize("layout", TEACHERS)
 def test_scores_equal_transformers(layout, way, results, known):
     for passes, _ in results:

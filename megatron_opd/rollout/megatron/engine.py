@@ -15,6 +15,7 @@ from torch import Tensor
 
 from megatron_opd.models.cached import CachedForward
 from megatron_opd.models.model import Model
+from megatron_opd.models.paged import CacheFull
 from megatron_opd.parallel.exchange import Fields, share_fields
 from megatron_opd.rollout.base import EngineSetup, Request, RolloutEngine, Sampling, Segment, Watch
 from megatron_opd.rollout.megatron.sampler import Sampled, sample
@@ -26,12 +27,13 @@ _REASONS = {_EOS: END_EOS, _LENGTH: END_LENGTH}
 
 
 class MegatronEngine(RolloutEngine):
-    """See the module's docstring. `eos_ids` end a response and belong to it."""
+    """See the module's docstring. `eos_ids` end a response and belong to it. `cache_gib`: most GiB that keys and values
+    take on a rank; requests wait until they fit at their longest (CacheFull: one that never does)."""
 
-    def __init__(self, model: Model, eos_ids: set[int], max_batch: int) -> None:
+    def __init__(self, model: Model, eos_ids: set[int], max_batch: int, cache_gib: float | None = None) -> None:
         self.model = model
         self.eos = torch.tensor(sorted(eos_ids), dtype=torch.int64, device=model.device)
-        self.max_batch = max_batch
+        self.max_batch, self.cache_gib = max_batch, cache_gib
 
     def update_parameters(self, named_parameters: Callable[[], Iterator[tuple[str, Tensor]]], version: int) -> None:
         self.policy_version = version
@@ -85,7 +87,8 @@ class MegatronEngine(RolloutEngine):
 
 def megatron_engine(setup: EngineSetup) -> MegatronEngine:
     """What `rollout.engine: megatron` builds."""
-    return MegatronEngine(setup.student, setup.eos_ids, setup.config.rollout.max_batch)
+    rollout = setup.config.rollout
+    return MegatronEngine(setup.student, setup.eos_ids, rollout.max_batch, rollout.cache_gib)
 
 
 def _ended(parts: list[Fields]) -> bool:
@@ -105,11 +108,11 @@ class _Batch:
     def __init__(self, engine: MegatronEngine, requests: list[Request], sampling: Sampling) -> None:
         self.model, self.eos = engine.model, engine.eos
         self.requests, self.sampling = requests, sampling
-        self.forward = CachedForward(engine.model, max(1, min(engine.max_batch, len(requests))))
+        self.forward = CachedForward(engine.model, max(1, min(engine.max_batch, len(requests))), engine.cache_gib)
+        self.cache_gib = engine.cache_gib
         self.waiting = list(range(len(requests)))[::-1]
         device = engine.model.device
         self.indices = torch.tensor([r.index for r in requests], dtype=torch.int64, device=device)
-        self.prompts = torch.tensor([len(r.prompt.tokens) for r in requests], dtype=torch.int64, device=device)
         self.request = torch.empty(0, dtype=torch.int64, device=device)  # [B] local request of each slot
         self.last = torch.empty(0, dtype=torch.int64, device=device)  # [B] newest token, not yet cached
         self.generated = torch.empty(0, dtype=torch.int64, device=device)  # [B] response tokens so far
@@ -155,13 +158,14 @@ class _Batch:
         ]
 
     def _decode(self) -> None:
-        cached = self.prompts[self.request] + self.generated
-        self._take(self.forward.decode(self.last, cached, max(self.lengths)), self.request, self.generated)
+        self._take(self.forward.decode(self.last, self.lengths), self.request, self.generated)
 
     def _admit(self) -> None:
         """Prefills waiting prompts into free slots."""
         free = self.forward.cache.slots - self.request.numel()
-        new = [self.waiting.pop() for _ in range(min(free, len(self.waiting)))]
+        new: list[int] = []
+        while self.waiting and len(new) < free and self._fits(self.waiting[-1], self.request.numel() + len(new)):
+            new.append(self.waiting.pop())
         if not new:
             return
         prompts = [self.requests[n].prompt.tokens for n in new]
@@ -178,6 +182,15 @@ class _Batch:
         self.generated = torch.cat([self.generated, zeros])
         self.lengths += lengths
         self._take(logits, request, zeros, first=slots[0])
+
+    def _fits(self, local: int, slot: int) -> bool:
+        """Whether the bound on keys and values leaves room for the request at its longest; it waits where not."""
+        cache, longest = self.forward.cache, len(self.requests[local].prompt.tokens) + self.sampling.max_tokens
+        fits = cache.promise(slot, longest)
+        if not fits and not cache.promised.any():
+            bound = f"rollout.cache_gib: {self.cache_gib:g}"
+            raise CacheFull(f"{bound} is too small: {self.forward.needs(longest)} or more, or lower rollout.max_tokens")
+        return fits
 
     def _take(self, logits: Tensor | None, request: Tensor, position: Tensor, first: int = 0) -> None:
         """Samples the next token of the responses at slots from `first` on and drops those that end."""
@@ -206,12 +219,14 @@ class _Batch:
         holes = [slot for slot, drop in enumerate(dropped) if drop]
         dropped_slots = set(holes)
         for hole in holes:
+            self.forward.cache.release(hole)
+        for hole in holes:
             while order and order[-1] in dropped_slots and len(order) - 1 >= hole:
                 order.pop()
             if hole >= len(order):
                 break
             mover = order.pop()
-            self.forward.cache.move(mover, hole, self.lengths[mover])
+            self.forward.cache.move(mover, hole)
             order[hole] = mover
         keep = torch.tensor(order, dtype=torch.int64, device=self.request.device)
         self.request, self.last, self.generated = self.request[keep], self.last[keep], self.generated[keep]

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from megatron_opd.models.cached import GIB, block_bytes
+from megatron_opd.models.paged import CacheFull
 from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.rollout.megatron.engine import MegatronEngine
 from megatron_opd.rollout.megatron.sampler import sample
@@ -61,6 +64,13 @@ class Watcher:
         return stop
 
 
+def refusal(student) -> str:
+    engine = MegatronEngine(student, EOS, max_batch=64, cache_gib=0.5 * block_bytes(student) / GIB)
+    with pytest.raises(CacheFull) as raised:
+        engine.generate(requests(), SAMPLING)
+    return str(raised.value)
+
+
 def generate(rank: int, world: int, directory: str):
     found = {}
     for layout in LAYOUTS:
@@ -70,6 +80,9 @@ def generate(rank: int, world: int, directory: str):
             variants = {name: engine.generate(requests(), s) for name, s in VARIANTS.items()}
             small = MegatronEngine(student, EOS, max_batch=2)
             small.policy_version = 3
+            bound = 2.5 * block_bytes(student) / GIB  # two blocks: two of these requests at their longest
+            bounded = MegatronEngine(student, EOS, max_batch=64, cache_gib=bound)
+            bounded.policy_version = 3
             never, some = Watcher({}), Watcher({0: 6, 3: 1, 8: 12})
             watched = engine.generate(requests(), SAMPLING, never, segment=7)
             assert {i: t for i, t in never.seen.items()} == {r.index: r.tokens.tolist() for r in watched}
@@ -78,8 +91,10 @@ def generate(rank: int, world: int, directory: str):
             found[layout] = {
                 "rollouts": variants,
                 "small": as_lists(small.generate(requests(), SAMPLING)),
+                "bounded": as_lists(bounded.generate(requests(), SAMPLING)),
                 "watched": as_lists(watched),
                 "stopped": as_lists(stopped),
+                "refused": refusal(student),
                 "probe": engine.probe([1, 2, 3, 4, 5]),
                 "mode": student.chunks[0].training,
                 "sequence": student.config.sequence_parallel,
@@ -178,7 +193,18 @@ def test_waiting_requests_and_watching_change_nothing(results):
     for layout in LAYOUTS:
         expected = as_lists(results[0]["tp1"]["rollouts"]["plain"])
         assert results[0][layout]["small"] == expected
+        assert results[0][layout]["bounded"] == expected
         assert results[0][layout]["watched"] == expected
+
+
+def test_a_request_that_can_never_fit_is_refused_by_name(results):
+    for found in results:
+        for layout in LAYOUTS:
+            assert re.search(
+                r"rollout\.cache_gib: \S+ is too small: .* take \S+ GiB on a rank; set it to \S+ or more, or lower "
+                r"rollout\.max_tokens",
+                found[layout]["refused"],
+            )
 
 
 def test_the_watch_stops_answers(results):
