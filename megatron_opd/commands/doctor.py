@@ -38,7 +38,9 @@ from megatron_opd.weights.converted import is_converted
 
 GIB = 1 << 30
 STOP_GAP = 5.0  # nats by which a stop may be punished: e^5 times less likely to the teacher
-OPTIMIZER_BYTES = 16  # per parameter: fp32 main copy, two Adam moments, fp32 gradient
+GRADIENT_BYTES = 4  # per parameter, fp32; every replica holds all of it
+MOMENT_BYTES = 8  # per parameter, Adam's two in fp32
+MAIN_BYTES = 4  # per parameter in another precision than fp32, which is its own main copy
 
 
 class Problem(Exception):
@@ -190,21 +192,30 @@ def describe(model: Model) -> str:
     )
 
 
+def training_bytes(student: Model, distributed_optimizer: bool) -> int:
+    """Bytes of gradients and optimizer state of the student on this rank; replicas share the latter alone."""
+    parameters = [p for chunk in student.chunks for p in chunk.parameters()]
+    state = sum(p.numel() * (MOMENT_BYTES + MAIN_BYTES * (p.dtype != torch.float32)) for p in parameters)
+    shards = student.layout.replicas if distributed_optimizer else 1
+    return sum(p.numel() for p in parameters) * GRADIENT_BYTES + state // shards
+
+
 def memory(trainer: Trainer, config: Config) -> str:
-    """Parameters and optimizer state of this rank against what the device has."""
+    """Parameters, gradients and optimizer state of this rank against what the device has."""
 
     def held(model: Model) -> int:
         return sum(p.numel() * p.element_size() for chunk in model.chunks for p in chunk.parameters())
 
-    student = sum(p.numel() for chunk in trainer.student.chunks for p in chunk.parameters())
-    shards = trainer.student.layout.replicas if config.train.distributed_optimizer else 1
-    needed = held(trainer.student) + held(trainer.teacher) + student * OPTIMIZER_BYTES // shards
+    needed = held(trainer.student) + held(trainer.teacher)
+    needed += training_bytes(trainer.student, config.train.distributed_optimizer)
     if trainer.student.device.type == "cuda":
         total = torch.cuda.get_device_properties(trainer.student.device).total_memory
     else:
         ranks = int(os.environ.get("LOCAL_WORLD_SIZE", dist.get_world_size()))
         total = psutil.virtual_memory().total // ranks
-    text = f"models and optimizer take {needed / GIB:.2f} of {total / GIB:.1f} GiB a rank, before activations"
+    text = (
+        f"models, gradients and optimizer take {needed / GIB:.2f} of {total / GIB:.1f} GiB a rank, before activations"
+    )
     if needed > 0.9 * total:
         raise Problem(f"{text}; raise tensor or pipeline, or set train.distributed_optimizer or teacher.offload")
     return text

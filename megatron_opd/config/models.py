@@ -59,9 +59,11 @@ class ModelConfig(Section):
     fp8_bf16_ends: Count = 0
     """Number of layers at each end of the model that stay in bf16. Not with fp8_recipe: delayed."""
     implementation: Literal["auto", "transformer_engine", "local"] = "auto"
-    """Layer implementation. auto: Transformer Engine on GPUs (an error if it is missing), local without a GPU."""
+    """Layer implementation. auto: Transformer Engine on GPUs (an error if it is missing), local without a GPU and with
+    precision: fp32, for which Transformer Engine has no fused attention."""
     recompute: Literal["none", "selective", "full"] = "none"
-    """Activation recomputation in the backward pass."""
+    """Activation recomputation in the backward pass. selective repeats attention alone: little is saved where it is
+    fused, as Transformer Engine's is."""
     allow_pickle: bool = False
     """Accept pickled weights (`pytorch_model.bin`). A pickle file can run any code on load."""
 

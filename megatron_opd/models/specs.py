@@ -41,8 +41,8 @@ def use_transformer_engine(name: str, model: ModelConfig, cpu: bool) -> bool:
         if model.implementation == "transformer_engine":
             raise ConfigError(f"{name}.implementation: transformer_engine needs a GPU; set local or auto")
         return False
-    if model.implementation == "local":
-        return False
+    if model.implementation == "local" or (model.implementation == "auto" and model.precision == "fp32"):
+        return False  # in fp32 Transformer Engine's attention is unfused: O(tokens^2) of memory
     try:
         import_transformer_engine()
     except VersionError as error:

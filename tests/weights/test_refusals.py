@@ -68,6 +68,10 @@ def test_what_needs_a_gpu_does_not_fall_back(values: dict, message: str) -> None
         use_transformer_engine("teacher", ModelConfig(model="/m", **values), cpu=True)
 
 
+def test_auto_is_local_in_fp32_on_a_gpu() -> None:
+    assert not use_transformer_engine("teacher", ModelConfig(model="/m", precision="fp32"), cpu=False)
+
+
 def test_a_model_directory_without_a_config(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="student.model: no directory"):
         check_layout("student", ModelConfig(model=str(tmp_path / "none")))
