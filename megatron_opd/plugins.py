@@ -157,8 +157,9 @@ def bind_part(
     maker = load_part(key, name, table)
     if not callable(maker):
         raise ConfigError(f"{key}: {name} is a {type(maker).__name__}, not a class")
-    if inspect.isabstract(maker):
-        raise ConfigError(f"{key}: {name} lacks {', '.join(sorted(maker.__abstractmethods__))}, which it must define")
+    missing = sorted(getattr(maker, "__abstractmethods__", ()))
+    if missing:
+        raise ConfigError(f"{key}: {name} lacks {', '.join(missing)}, which it must define")
     signature = inspect.signature(maker)
     try:
         signature.bind(*arguments, **options)

@@ -6,7 +6,7 @@ from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from megatron_opd.config.base import LARGEST_SEED, Count, DecayRate, FilePath, LossName, Positive, Seconds, Section
+from megatron_opd.config.base import LARGEST_SEED, Count, DecayRate, FilePath, LossName, Positive, Section
 from megatron_opd.plugins import LOSSES
 
 
@@ -132,7 +132,7 @@ class TrainConfig(Section):
     """What an alarm does (docs/alarms.md): a teacher that teaches nothing, an engine with old parameters, lengths,
     entropy or repetition that run away. warn: it is said and stands in the metrics. stop: it ends the run, saved, with
     exit code 4."""
-    watchdog_s: Seconds = 1800.0
+    watchdog_s: float = Field(default=1800.0, ge=1.0, le=1e8)
     """A step that takes longer writes every rank's stack to its log and ends the job. Outside steps, in an evaluation
     say, it is how long a rank waits for another one in a collective."""
 

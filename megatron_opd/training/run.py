@@ -284,6 +284,11 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
         check_model_vocabulary(tokenizer, reference.vocab_size, config.loss.reference)
     if reference is not None:
         reference.vocab_size = min(m.vocab_size for m in (student, teacher, reference))
+    shared = min(student.vocab_size, teacher.vocab_size)
+    if config.candidates > shared:
+        raise ConfigError(
+            f"prune.k: {config.prune.k}, loss.k: {config.loss.k}: the models share {shared} ids; set {shared} or less"
+        )
     if student.vocab_size == teacher.vocab_size:
         return []
     sizes = f"student.model embeds {student.vocab_size} ids, teacher.model {teacher.vocab_size}"
@@ -291,7 +296,7 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
         raise ConfigError(f"{sizes}: their logits differ in width; set score.mode: separate")
     if config.rollout.engine == "vllm" and student.vocab_size > teacher.vocab_size:
         raise ConfigError(f"{sizes}: vLLM would sample ids that the teacher lacks; set rollout.engine: megatron")
-    student.vocab_size = teacher.vocab_size = min(student.vocab_size, teacher.vocab_size)
+    student.vocab_size = teacher.vocab_size = shared
     return [f"{sizes}; the tokenizer has {tokenizer.vocab_size}, and ids from {student.vocab_size} on are padding"]
 
 

@@ -126,15 +126,16 @@ def read_hf_config(hf_dir: str | Path, family: Family | None = None) -> Pretrain
         raise ModelFileError(f"{path}: {error.strerror}; a model directory needs a config.json") from error
     except ValueError as error:
         raise ModelFileError(f"{path}: not valid JSON ({error})") from error
-    model_type = raw.get("model_type")
-    if family is None and model_type not in FAMILIES:
-        name = "/".join(raw.get("architectures") or []) or "no architecture named"
+    model_type, architectures = raw.get("model_type"), raw.get("architectures")
+    if family is None and (not isinstance(model_type, str) or model_type not in FAMILIES):
+        named = architectures if isinstance(architectures, list) else []
+        name = "/".join(map(str, named)) or "no architecture named"
         raise ModelFileError(
             f"{path}: unknown architecture {name} (model_type {model_type!r}); supported model types: "
             f"{', '.join(FAMILIES)}, and one of your own (student.family: MODULE:NAME)"
         )
-    if raw.get("quantization_config"):
-        method = raw["quantization_config"].get("quant_method")
+    if quantization := raw.get("quantization_config"):
+        method = quantization.get("quant_method") if isinstance(quantization, dict) else quantization
         raise ModelFileError(f"{path}: quantised checkpoint (quant_method {method!r}); use the unquantised one")
     try:
         hf_config = AutoConfig.from_pretrained(hf_dir, trust_remote_code=False, local_files_only=True)

@@ -188,8 +188,10 @@ class _Batch:
         cache, longest = self.forward.cache, len(self.requests[local].prompt.tokens) + self.sampling.max_tokens
         fits = cache.promise(slot, longest)
         if not fits and not cache.promised.any():
-            bound = f"rollout.cache_gib: {self.cache_gib:g}"
-            raise CacheFull(f"{bound} is too small: {self.forward.needs(longest)} or more, or lower rollout.max_tokens")
+            needed = self.forward.needs(longest)
+            raise CacheFull(
+                f"rollout.cache_gib: {self.cache_gib:g} is too small: {needed} or more, or lower the budget"
+            )
         return fits
 
     def _take(self, logits: Tensor | None, request: Tensor, position: Tensor, first: int = 0) -> None:
