@@ -19,7 +19,7 @@ Letters in shapes: T tokens of one response, K candidates, B responses.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 END_EOS = "eos"  # the student ended by itself
 END_LENGTH = "length"  # cut by the budget
 END_DRIFT = "drift"  # stopped in flight: its reliability was spent
+UNFINISHED = "unfinished"  # no end: it goes on in the next step (rollout.carry_over), and is not trained on yet
 
 
 @dataclass
@@ -63,10 +64,22 @@ class Rollout:
     topk_ids: Tensor  # [T, K] int64, the student's K most likely tokens, descending, ties to the lowest id
     topk_logprobs: Tensor  # [T, K] float32
     end_reason: str  # END_EOS, END_LENGTH or END_DRIFT
-    policy_version: int  # number of optimizer steps behind the parameters that sampled it
+    policy_version: int  # number of optimizer steps behind the parameters that sampled it, its last token's
+    versions: Tensor | None = None  # [T] int32, of each token where the response spans several
 
     def __len__(self) -> int:
         return int(self.tokens.numel())
+
+    def first(self, count: int) -> Rollout:
+        """The response's first `count` tokens."""
+        return replace(
+            self,
+            tokens=self.tokens[:count],
+            logprobs=self.logprobs[:count],
+            topk_ids=self.topk_ids[:count],
+            topk_logprobs=self.topk_logprobs[:count],
+            versions=None if self.versions is None else self.versions[:count],
+        )
 
 
 @dataclass

@@ -14,6 +14,9 @@ import torch
 import torch.distributed as dist
 from megatron.core.optimizer import MegatronOptimizer
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 from megatron_opd.checkpoint import directory
 from megatron_opd.checkpoint.directory import SavedCheckpoint
@@ -82,10 +85,18 @@ class Checkpointer:
     A failed save does not stop training. It is repeated at the following steps; `warning` says so until one succeeds.
     """
 
-    def __init__(self, config: Config, trainer: Trained, say: Callable[[str], None]) -> None:
-        """`say` prints a line for the user (on one rank)."""
+    def __init__(
+        self,
+        config: Config,
+        trainer: Trained,
+        say: Callable[[str], None],
+        tensors: Callable[[], dict[str, Tensor]] = dict,
+    ) -> None:
+        """`say` prints a line for the user (on one rank). `tensors`: of the loop's state, the same on every rank, what
+        is no JSON."""
         self.config, self.settings = config, config.checkpoint
-        self.trainer, self.say = trainer, say
+        self.trainer, self.say, self.tensors = trainer, say, tensors
+        self.carried: dict[str, Tensor] = {}  # such tensors of the checkpoint that was loaded
         self.student = trainer.student
         self.root = directory.checkpoints_dir(config.run_dir)
         self.last_step: int | None = None  # of the newest complete checkpoint
@@ -175,6 +186,7 @@ class Checkpointer:
         partial = directory.partial_path(self.root, step)
         self._unsaved = False
         everybodys_rng = all_gather(rng_state(), None)
+        carried = self.tensors()  # a step makes new ones: these stay as they are while they are written
         try:
             on_rank_0(lambda: _make_partial(partial), otherwise=CheckpointError)
         except CheckpointError as error:
@@ -196,6 +208,8 @@ class Checkpointer:
             if is_rank_0():
                 copy_side_files(self.config.student.model, partial, self.student.config.params_dtype)
                 (partial / directory.STATE).write_text(text, encoding="utf-8")
+                if carried:
+                    save_file(carried, partial / directory.CARRIED)
             return (
                 self._parameters.write(parameters, partial / directory.PARAMETERS),
                 self._optimizer.write(moments, partial / directory.OPTIMIZER),
@@ -291,12 +305,15 @@ class Checkpointer:
     def _load(self, path: Path) -> dict[str, Any]:
         student, optimizer = self.student, self.trainer.optimizer
         state: dict[str, Any] = {}
+        carried: dict[str, Tensor] = {}
         with together():  # before the collective reading, in which a rank must not be alone with its error
             try:
                 state = json.loads((path / directory.STATE).read_text(encoding="utf-8"))
                 for part in (directory.PARAMETERS, directory.OPTIMIZER):
                     (path / part / METADATA).read_bytes()
-            except (OSError, ValueError) as error:
+                if (path / directory.CARRIED).exists():
+                    carried = load_file(path / directory.CARRIED)
+            except (OSError, ValueError, SafetensorError) as error:
                 raise CheckpointError(f"{path}: {error}") from error
         load_converted(student, path)
         with together():
@@ -305,6 +322,7 @@ class Checkpointer:
                 load(entries, path / directory.OPTIMIZER)
             except (Exception, CheckpointException) as error:  # many kinds, from Megatron-Core, torch and pickle
                 raise CheckpointError(f"{directory.OPTIMIZER}/ cannot be loaded: {root_cause(error)}") from error
+        self.carried = carried
         set_adam_step(optimizer, state["adam_step"])
         restart_scheduler(self.trainer.scheduler, state["scheduler"])
         rng = state["rng"]

@@ -4,9 +4,11 @@
                                     `tools/convert.py export` take it
         megatron/                   the student's parameters
         optimizer/                  Adam's moments and fp32 parameters
+        carried.safetensors         responses under way (rollout.carry_over), if there are any
         state.json                  step, budget, data position, totals, scheduler, random number generators
         config.json, tokenizer, ... of the student
-        megatron_opd.json           written last: sizes of all files, the digest of state.json; without it the
+        megatron_opd.json           written last: sizes of all files, digests of state.json and
+                                    carried.safetensors; without it the
                                     directory is incomplete
     RUN/checkpoints/.step_000040.partial/   a save in progress, or one that was interrupted
 
@@ -30,6 +32,7 @@ from megatron_opd.weights.converted import CHECKPOINT, MANIFEST, manifest_proble
 PARAMETERS = CHECKPOINT
 OPTIMIZER = "optimizer"
 STATE = "state.json"
+CARRIED = "carried.safetensors"
 _NAME = re.compile(r"step_(\d{6,})")
 
 
@@ -69,7 +72,11 @@ def problem_of(path: Path) -> str:
             return "the directory is empty"
         manifest = read_manifest(path)
         files, _ = dict(manifest["checkpoint"]["files"]), dict(manifest["checkpoint"]["model"])
-        digest = manifest["checkpoint"].get("state_digest")  # checkpoints of version 0.1 have none
+        # Checkpoints of version 0.1 have none.
+        digests = {
+            STATE: manifest["checkpoint"].get("state_digest"),
+            CARRIED: manifest["checkpoint"].get("carried_digest"),
+        }
     except FileNotFoundError:
         return f"{MANIFEST} is missing: its writing was interrupted"
     except OSError as error:
@@ -85,8 +92,9 @@ def problem_of(path: Path) -> str:
             return f"{name}: {error.strerror}"
         if actual != size:
             return f"{name} has {actual} bytes instead of {size}"
-    if digest is not None and _digest(path / STATE) != digest:
-        return f"{STATE} is not the one that was saved"
+    for name, digest in digests.items():
+        if digest is not None and _digest(path / name) != digest:
+            return f"{name} is not the one that was saved"
     return ""
 
 
@@ -113,6 +121,8 @@ def seal(partial: Path, final: Path, manifest: dict[str, Any]) -> None:
         _sync(path)
     marker = partial / MANIFEST
     more = {"files": files, "state_digest": _digest(partial / STATE)}
+    if CARRIED in files:
+        more["carried_digest"] = _digest(partial / CARRIED)
     manifest = {**manifest, "checkpoint": {**manifest["checkpoint"], **more}}
     marker.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     _sync(marker)
@@ -140,7 +150,8 @@ def remove_old(root: Path, keep_last: int, keep_every: int) -> None:
 
 def _digest(path: Path) -> str:
     try:
-        return hashlib.sha256(path.read_bytes()).hexdigest()
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
     except OSError:
         return ""
 

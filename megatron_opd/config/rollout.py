@@ -7,6 +7,7 @@ from typing import Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from megatron_opd.config.base import Count, EngineName, FilePath, Positive, Seconds, Section
+from megatron_opd.plugins import is_own
 
 VLLM_KEYS = (
     "mode",
@@ -81,6 +82,14 @@ class RolloutConfig(Section):
     """A sampled token whose rollout and student log-probs differ by more (nats) is counted in the metrics."""
     importance_clip: float | None = Field(default=None, gt=0)
     """Truncated importance weights min(p_student / p_rollout, clip) on the loss; null for none."""
+    carry_over: Literal["off", "finished"] = "off"
+    """finished: more responses are under way than a step trains on; it trains on the first that have ended, and the
+    others go on in the next step. off: a step waits for its longest response."""
+    oversubscribe: float | None = Field(default=None, ge=1.0, le=16.0)
+    """carry_over: finished: responses under way, in steps' worth. null: 1.5. 1.0: what a step trains on, as without."""
+    max_version_lag: Positive = 4
+    """carry_over: finished: a token is trained on at most so many optimizer steps after the parameters that sampled it;
+    a step waits for the responses that would come later."""
     vllm: VllmConfig = Field(default_factory=VllmConfig)
     """What `engine: vllm` alone has."""
 
@@ -90,10 +99,27 @@ class RolloutConfig(Section):
             return self.sync_tolerance
         return 1.0 if precision == "bf16" else 0.02
 
+    @property
+    def oversubscription(self) -> float:
+        """`oversubscribe`, or its default."""
+        return 1.5 if self.oversubscribe is None else self.oversubscribe
+
     @model_validator(mode="after")
     def _check(self) -> RolloutConfig:
         if self.engine == "vllm" and self.vllm.mode == "server" and not self.vllm.servers:
             raise ValueError("vllm.mode: server needs vllm.servers: [http://HOST:PORT, ...]")
         if self.engine != "vllm" and self.vllm.mode == "server":
             raise ValueError(f"vllm.mode: server needs engine: vllm; engine: {self.engine} has no servers")
+        if self.carry_over == "finished" and is_own(self.engine):
+            raise ValueError(
+                f"carry_over: finished has the engine go on behind tokens that are there; engine: {self.engine} is "
+                "your own: set engine: megatron or vllm, or carry_over: off"
+            )
+        if self.carry_over == "off" and self.oversubscribe is not None:
+            raise ValueError(f"oversubscribe: {self.oversubscribe} is of carry_over: finished alone; set it, or null")
+        if self.oversubscription > self.max_version_lag + 1:
+            raise ValueError(
+                f"oversubscribe: {self.oversubscription} keeps responses waiting for more steps than max_version_lag: "
+                f"{self.max_version_lag}; set oversubscribe: {self.max_version_lag + 1} or less"
+            )
         return self

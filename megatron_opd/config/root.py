@@ -51,6 +51,11 @@ class Config(Section):
         """The student's most likely tokens that are kept at each position."""
         return max(self.prune.k, self.loss_k)
 
+    @property
+    def kept_candidates(self) -> int:
+        """Those that the engine returns with each token: none where the trainer's own logits are taken."""
+        return 0 if self.score.mode == "fused" else self.candidates
+
     def loss_problems(self, reads: Reads, fused_head: bool) -> list[str]:
         """What the rest of the config cannot give a loss that reads this of the teacher. Of a loss of the package the
         config knows it; of one's own, who has built it asks here."""

@@ -62,6 +62,19 @@ class Request:
 
     prompt: Prompt
     index: int
+    # What an earlier step has generated of it: the engine goes on behind it, and shows and returns what it adds.
+    begun: Rollout | None = None
+    rewarded: bool = False  # prune.after_drift: grpo: its prompt's responses are generated past their drift points
+
+    @property
+    def generated(self) -> int:
+        """Response tokens that are there already."""
+        return 0 if self.begun is None else len(self.begun)
+
+    @property
+    def tokens(self) -> list[int]:
+        """What the engine reads before it samples: the prompt, and what is there of the response."""
+        return self.prompt.tokens if self.begun is None else self.prompt.tokens + self.begun.tokens.tolist()
 
 
 @dataclass
@@ -96,7 +109,8 @@ class RolloutEngine(ABC):
         """Generates one response per request; see the module's docstring.
 
         With `watch`, running responses are shown to it every `segment` tokens and the ones it names stop there
-        (end_reason "drift"), their slot going to the next waiting request.
+        (end_reason "drift"), their slot going to the next waiting request; a waiting request that it names is dropped
+        and has no tokens.
         """
 
     @abstractmethod

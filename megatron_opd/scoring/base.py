@@ -30,7 +30,7 @@ class Scoring(ABC):
     def __init__(self, config: Config, engine: RolloutEngine, teacher: Model) -> None:
         self.config, self.engine, self.teacher = config, engine, teacher
         self.signal = make_signal(config.prune)
-        self.candidates = config.candidates
+        self.candidates = config.kept_candidates
         self.sends_hidden = config.score.payload == "hidden"
 
     @abstractmethod

@@ -77,11 +77,4 @@ class DriftWatch:
         length = max(1, int(self.state.effective_length[rollout.index]))
         if length >= len(rollout):
             return rollout
-        return replace(
-            rollout,
-            tokens=rollout.tokens[:length],
-            logprobs=rollout.logprobs[:length],
-            topk_ids=rollout.topk_ids[:length],
-            topk_logprobs=rollout.topk_logprobs[:length],
-            end_reason=END_DRIFT,
-        )
+        return replace(rollout.first(length), end_reason=END_DRIFT)

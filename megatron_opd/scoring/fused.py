@@ -17,13 +17,13 @@ import torch.distributed as dist
 from torch import Tensor
 
 from megatron_opd.compat.gpt_model import given_input, run_chunk, set_input
-from megatron_opd.config import Config, PruneConfig
+from megatron_opd.config import PruneConfig
 from megatron_opd.losses import DistillTargets, candidate_terms, vocab_parallel_logprobs, vocab_parallel_topk
 from megatron_opd.models.model import Model
 from megatron_opd.models.packed import PackedRow
 from megatron_opd.parallel.exchange import Fields, share_responses
 from megatron_opd.prune.signals import make_signal
-from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
+from megatron_opd.rollout.base import Request, Sampling
 from megatron_opd.scoring.base import Clock, Scoring
 from megatron_opd.scoring.prune_weights import weigh
 from megatron_opd.scoring.teacher_view import Candidates, columns_of, own_columns, teacher_view
@@ -32,10 +32,6 @@ from megatron_opd.types import Rollout, ScoredBatch, TeacherScores
 
 class FusedScoring(Scoring):
     """Generates alone: the scores, and the prune weights with them, are made in the training pass by `FusedTeacher`."""
-
-    def __init__(self, config: Config, engine: RolloutEngine, teacher: Model) -> None:
-        super().__init__(config, engine, teacher)
-        self.candidates = 0  # those of the trainer's own logits are taken
 
     def generate_and_score(
         self, requests: list[Request], sampling: Sampling, clock: Clock

@@ -41,5 +41,4 @@ def generated_past_drift(requests: list[Request], config: Config) -> set[int]:
         return set()
     if prune.after_drift == "attenuate":
         return {r.index for r in requests}
-    prompts = prune.reward_prompts(config.train.prompts_per_step)  # the loader has shuffled them
-    return {r.index for r in requests if r.index // config.train.responses_per_prompt < prompts}
+    return {r.index for r in requests if r.rewarded}

@@ -46,7 +46,7 @@ class Extrapolated(Target):
         self.teachers_prompt = teachers_prompt
 
     def of(self, batch: ScoredBatch) -> ScoredBatch:
-        read = [first_tokens(r, s.measured) for r, s in zip(batch.rollouts, batch.scores, strict=True)]
+        read = [r.first(max(s.measured, 1)) for r, s in zip(batch.rollouts, batch.scores, strict=True)]
         if self.teachers_prompt:
             read = [as_the_teacher_reads(r) for r in read]
         with self.reference.resident():
@@ -134,18 +134,6 @@ def standardised(returns: list[Tensor]) -> list[Tensor]:
     if not spread > 1e-8:
         return [torch.zeros_like(r) for r in returns]
     return [(r - whole.mean()) / spread for r in returns]
-
-
-def first_tokens(rollout: Rollout, count: int) -> Rollout:
-    """The first `count` tokens of a response, at least one."""
-    part = slice(0, max(count, 1))
-    return replace(
-        rollout,
-        tokens=rollout.tokens[part],
-        logprobs=rollout.logprobs[part],
-        topk_ids=rollout.topk_ids[part],
-        topk_logprobs=rollout.topk_logprobs[part],
-    )
 
 
 def make_targets(config: Config, reference: Model | None) -> list[Target]:

@@ -47,9 +47,10 @@ def score_until_spent(
     longest = max(len(r.prompt.teacher_tokens) + len(r) for r in rollouts)
     replicas = teacher.layout.replicas
     slots = min(-(-len(rollouts) // replicas), max(1, _CACHED_MICROBATCHES * tokens_per_microbatch // longest))
-    watch = DriftWatch(teacher, signal, prune, tokens_per_microbatch, len(rollouts), clock, set(), slots, sends_hidden)
-    limit = math.ceil((1 - 1e-8) / prune.w_drop)  # events that spend a response
     by_index = {r.index: r for r in rollouts}
+    indices = max(by_index) + 1  # more than responses, where some are carried over
+    watch = DriftWatch(teacher, signal, prune, tokens_per_microbatch, indices, clock, set(), slots, sends_hidden)
+    limit = math.ceil((1 - 1e-8) / prune.w_drop)  # events that spend a response
     waiting = sorted(by_index, key=lambda i: len(by_index[i]))  # the longest first: popped from the end
     read: dict[int, int] = {}  # tokens that the teacher has read of each response in its cache
     while waiting or read:

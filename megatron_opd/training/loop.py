@@ -95,8 +95,9 @@ def step(run: Run) -> dict[str, Any]:
     run.step += 1
     with clock.phase("sync"):
         gaps = run.hand_over()
-    metrics = {"step": run.step} | clock.metrics() | batch_metrics(batch, run.engine.tokens_sampled) | budget | gaps
-    metrics |= rewards | result.metrics()
+    numbers = batch_metrics(batch, run.scoring.engine.tokens_sampled)
+    metrics = {"step": run.step} | clock.metrics() | numbers | budget | gaps
+    metrics |= rewards | run.carried(batch) | result.metrics()
     metrics |= run.watch(batch, metrics)
     if not result.applied:
         run.keep_bad_step(result.reason, batch)

@@ -70,7 +70,8 @@ class PastDriftRewards:
         which learn from a reward (none where a prompt's responses all get the same); reward_problems, responses that
         the verifier could not judge; with the first warning `warning`.
         """
-        members = generated_past_drift(requests, self.config)
+        past_drift = generated_past_drift(requests, self.config)
+        members = {i for i, r in enumerate(batch.rollouts) if r.index in past_drift}
         verdicts = on_rank_0(lambda: self._verify(batch.rollouts, sorted(members)))
         rewards = [0.0] * len(batch.rollouts)
         for i, verdict in zip(sorted(members), verdicts, strict=True):
@@ -78,7 +79,7 @@ class PastDriftRewards:
         copies = self.config.train.responses_per_prompt
         add_rewards(batch, rewards, members, copies, self.config.prune.grpo_coefficient)
         metrics: dict[str, Any] = {
-            "reward_mean": sum(rewards) / len(members),
+            "reward_mean": sum(rewards) / len(members) if members else None,  # none: where responses are carried over
             "reward_tokens": sum(int(a.count_nonzero()) for a in batch.advantage or ()),
             "reward_problems": sum(v.problem is not None for v in verdicts),
         }

@@ -22,6 +22,7 @@ from megatron_opd.prune import ResponseBudget, StaircaseBudget
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.prune.token_weighting import make_token_weighting
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling
+from megatron_opd.rollout.carry_over import CarryOver
 from megatron_opd.rollout.factory import check_engine, hf_stream, make_engine
 from megatron_opd.rollout.limits import check_lengths
 from megatron_opd.runtime.guard import Guard
@@ -102,7 +103,10 @@ class Run:
         student = self.trainer.student
         notes += check_vocabularies(self.trainer, self.tokenizer, config)
         self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
-        self.scoring = make_scoring(config, self.engine, self.trainer.teacher)
+        self.carry: CarryOver | None = None
+        if config.rollout.carry_over == "finished":
+            self.carry = CarryOver(self.engine, config)
+        self.scoring = make_scoring(config, self.carry or self.engine, self.trainer.teacher)
         self.training_step = TrainingStep(self.trainer, config)
         self.targets = make_targets(config, self.trainer.reference)
         self.budget = make_budget(config)
@@ -110,7 +114,7 @@ class Run:
         self.step = 0
         self.unreported: dict[str, Any] | None = None  # the last step's metrics while its evaluation is not done
         self.alarms = AlarmWatch(config, self.say)
-        self.checkpoints = Checkpointer(config, self.trainer, self.say)
+        self.checkpoints = Checkpointer(config, self.trainer, self.say, self.carry.tensors if self.carry else dict)
         for note in [*notes, prompts.summary()]:
             self.say(note)
         self._resume()
@@ -144,6 +148,7 @@ class Run:
         """One step's metrics to the files and to the reader, with a warning while saving fails."""
         metrics["checkpoint_s"] = self.checkpoints.take_seconds()  # that training waited since the last report
         add_warning(metrics, self.checkpoints.warning)
+        add_warning(metrics, self.carry.lengths.take_warning() if self.carry is not None else "")
         if self.metrics is not None and self.progress is not None:
             problem = self.metrics.write(metrics)
             if problem:
@@ -161,10 +166,18 @@ class Run:
         self.say(f"step {self.step} skipped: {reason}{where}")
 
     def draw_requests(self) -> list[Request]:
-        """The next step's prompts, each once for every response that it is to get, in prompt-major order."""
+        """The next step's prompts, each once for every response that it is to get, in prompt-major order; before them
+        what earlier steps have left unfinished."""
+        if self.carry is not None:
+            return self.carry.draw(self.loader.next_batch, self.step)
         settings = self.config.train
         prompts, copies = self.loader.next_batch(settings.prompts_per_step), settings.responses_per_prompt
-        return [Request(prompt, i * copies + j) for i, prompt in enumerate(prompts) for j in range(copies)]
+        rewarded = self.config.prune.reward_prompts(len(prompts))  # the loader has shuffled them
+        return [
+            Request(prompt, i * copies + j, rewarded=i < rewarded)
+            for i, prompt in enumerate(prompts)
+            for j in range(copies)
+        ]
 
     def sampling(self) -> Sampling:
         """How the next step's responses are sampled."""
@@ -177,6 +190,10 @@ class Run:
             seed=self.config.train.seed * 1_000_003 + self.step,
             top_logprobs=self.scoring.candidates,
         )
+
+    def carried(self, batch: ScoredBatch) -> dict[str, Any]:
+        """The step's numbers of rollout.carry_over; none where it is off."""
+        return self.carry.metrics(batch.rollouts) if self.carry is not None else {}
 
     def taught(self, batch: ScoredBatch) -> ScoredBatch:
         """The batch to train on: with another target than the teacher's own log-probs, where the config names one."""
@@ -234,7 +251,7 @@ class Run:
             "norms": list(self.training_step.norms),
             "unreported": self.unreported,
             "alarms": self.alarms.state_dict(),
-        }
+        } | ({"carried": self.carry.state_dict()} if self.carry is not None else {})
 
     def _resume(self) -> None:
         state = self.checkpoints.load_latest()
@@ -248,10 +265,21 @@ class Run:
         self.totals = Totals(**state["totals"])
         self.training_step.norms = state["norms"]
         self.alarms.load_state_dict(state.get("alarms", {}))  # checkpoints of version 0.1 have none
+        self._resume_carried(state.get("carried"))
         # It may have been reported after the checkpoint was written. "owed" is its key in checkpoints of version 0.1.
         reported = on_rank_0(lambda: was_reported(self.config.run_dir, self.step), otherwise=InputError)
         self.unreported = None if reported else state.get("unreported", state.get("owed"))
         self.say(f"resumed at step {self.step}")
+
+    def _resume_carried(self, state: dict[str, Any] | None) -> None:
+        """The responses that were under way, if any; checkpoints of runs without rollout.carry_over have none."""
+        if self.carry is not None:
+            self.carry.drawn = self.step * self.config.train.prompts_per_step
+            if state is not None:
+                self.carry.load_state_dict(state, self.checkpoints.carried, self.loader.prompts.prompts)
+        elif state is not None and state["responses"]:
+            dropped = len(state["responses"])
+            self.say(f"WARNING: rollout.carry_over: off drops {dropped} responses that the checkpoint has under way")
 
     def close(self) -> None:
         self.checkpoints.close()

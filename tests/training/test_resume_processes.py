@@ -24,7 +24,8 @@ def wait_for_step(run: TinyRun, process, step: int) -> None:
 
 
 def test_killed_and_stopped_and_started_again(tmp_path: Path) -> None:
-    run = TinyRun(tmp_path, train={"lr_schedule": "constant"}, checkpoint={"every": 3})
+    rollout = {"carry_over": "finished", "oversubscribe": 2.0}
+    run = TinyRun(tmp_path, train={"lr_schedule": "constant"}, rollout=rollout, checkpoint={"every": 3})
     process = run.start(ENDLESS)
     wait_for_step(run, process, random.SystemRandom().randint(3, 6))
     kill(process)

@@ -94,7 +94,7 @@ def batch(tokenizer, texts: list[str], effective: list[int]) -> tuple[ScoredBatc
         tokens, none = torch.tensor(tokenizer.encode(text)), torch.zeros(0)
         prompt = Prompt(i // 2, "?", [5], "12")
         rollouts.append(Rollout(prompt, i, tokens, none, none, none, "eos", 0))
-        requests.append(Request(prompt, i))
+        requests.append(Request(prompt, i, rewarded=prompt.uid < 1))
     weights = [torch.ones(len(r)) for r in rollouts]
     return ScoredBatch(rollouts, [], weights, list(effective), effective, [0] * len(texts), 1), requests
 

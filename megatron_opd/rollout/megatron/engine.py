@@ -22,6 +22,7 @@ from megatron_opd.rollout.megatron.sampler import Sampled, sample
 from megatron_opd.rollout.reference import own_logprobs
 from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, Rollout
 
+PREFILL_TOKENS = 16384  # read in one pass, or one prompt: responses that go on may be long and many
 _RUNNING, _EOS, _LENGTH = 0, 1, 2
 _REASONS = {_EOS: END_EOS, _LENGTH: END_LENGTH}
 
@@ -65,13 +66,21 @@ class MegatronEngine(RolloutEngine):
         sampled = torch.tensor(batch.sampled if layout.owns_results else 0)
         dist.all_reduce(sampled)
         self.tokens_sampled = int(sampled)
-        return [self._rollout(request, parts[i], i in stopped) for i, request in enumerate(requests)]
+        return [
+            self._rollout(request, parts[i], i in stopped, sampling.top_logprobs) for i, request in enumerate(requests)
+        ]
 
     def probe(self, tokens: list[int]) -> Tensor:
         """The engine samples from the trainer's own parameters: their log-probs of tokens[1:], [T-1] float32."""
         return own_logprobs(self.model, tokens)
 
-    def _rollout(self, request: Request, parts: list[Fields], stopped: bool) -> Rollout:
+    def _rollout(self, request: Request, parts: list[Fields], stopped: bool, candidates: int) -> Rollout:
+        if not parts:  # dropped while it waited
+            none = torch.empty(0)
+            table = none.view(0, candidates)
+            return Rollout(
+                request.prompt, request.index, none.long(), none, table.long(), table, END_DRIFT, self.policy_version
+            )
         joined = {name: torch.cat([p[name] for p in parts]) for name in ("tokens", "logprobs", "ids", "topk")}
         return Rollout(
             prompt=request.prompt,
@@ -97,7 +106,7 @@ def _ended(parts: list[Fields]) -> bool:
 
 def _segment(request: Request, parts: list[Fields]) -> Segment:
     new = parts[-1]
-    start = sum(p["tokens"].numel() for p in parts[:-1])
+    start = request.generated + sum(p["tokens"].numel() for p in parts[:-1])
     return Segment(request, start, new["tokens"], new["ids"], new["topk"], _ended(parts))
 
 
@@ -113,6 +122,7 @@ class _Batch:
         self.waiting = list(range(len(requests)))[::-1]
         device = engine.model.device
         self.indices = torch.tensor([r.index for r in requests], dtype=torch.int64, device=device)
+        self.begun = torch.tensor([r.generated for r in requests], dtype=torch.int64, device=device)
         self.request = torch.empty(0, dtype=torch.int64, device=device)  # [B] local request of each slot
         self.last = torch.empty(0, dtype=torch.int64, device=device)  # [B] newest token, not yet cached
         self.generated = torch.empty(0, dtype=torch.int64, device=device)  # [B] response tokens so far
@@ -133,8 +143,9 @@ class _Batch:
             self._admit()
 
     def stop(self, local: set[int]) -> None:
-        """Drops running responses."""
+        """Drops running responses, and waiting ones."""
         if local:
+            self.waiting = [n for n in self.waiting if n not in local]
             self._drop(torch.isin(self.request, torch.tensor(sorted(local), device=self.request.device)).tolist())
 
     def collect(self) -> list[tuple[int, Fields]]:
@@ -164,11 +175,17 @@ class _Batch:
         """Prefills waiting prompts into free slots."""
         free = self.forward.cache.slots - self.request.numel()
         new: list[int] = []
+        prompts: list[list[int]] = []
+        room = PREFILL_TOKENS
         while self.waiting and len(new) < free and self._fits(self.waiting[-1], self.request.numel() + len(new)):
+            prompt = self.requests[self.waiting[-1]].tokens
+            if new and len(prompt) > room:
+                break
+            room -= len(prompt)
+            prompts.append(prompt)
             new.append(self.waiting.pop())
         if not new:
             return
-        prompts = [self.requests[n].prompt.tokens for n in new]
         lengths = [len(p) for p in prompts]
         device = self.model.device
         ends = torch.tensor(lengths, device=device).cumsum(0) - 1
@@ -176,12 +193,12 @@ class _Batch:
         slots = list(range(self.request.numel(), self.request.numel() + len(new)))
         logits = self.forward.prefill(tokens, lengths, [0] * len(new), slots, ends)
         request = torch.tensor(new, device=device)
-        zeros = torch.zeros_like(request)
+        begun = self.begun[request]
         self.request = torch.cat([self.request, request])
-        self.last = torch.cat([self.last, zeros])
-        self.generated = torch.cat([self.generated, zeros])
+        self.last = torch.cat([self.last, torch.zeros_like(request)])
+        self.generated = torch.cat([self.generated, begun])
         self.lengths += lengths
-        self._take(logits, request, zeros, first=slots[0])
+        self._take(logits, request, begun, first=slots[0])
 
     def _fits(self, local: int, slot: int) -> bool:
         """Whether the bound on keys and values leaves room for the request at its longest; it waits where not."""

@@ -207,11 +207,11 @@ class VllmColocateEngine(RolloutEngine):
         for name, response in responses.items():
             seed = request_seed(sampling.seed, response.request.index)
             params = SamplingParams(
-                **sampling_arguments(sampling, seed, self.eos_ids),
+                **sampling_arguments(sampling, response.request, seed, self.eos_ids),
                 flat_logprobs=True,
                 output_kind=RequestOutputKind.DELTA,
             )
-            self._add(name, response.request.prompt.tokens, params)
+            self._add(name, response.request.tokens, params)
 
     def _step(self, responses: dict[str, Response]) -> None:
         for output in self._llm.step():

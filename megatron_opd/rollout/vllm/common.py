@@ -36,13 +36,13 @@ def request_seed(seed: int, index: int, position: int = 0) -> int:
     return int.from_bytes(digest, "big") >> 1  # torch generators take a signed 64-bit seed
 
 
-def sampling_arguments(sampling: Sampling, seed: int, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """Keyword arguments of vLLM's SamplingParams; as JSON, the body of a generate request.
+def sampling_arguments(sampling: Sampling, request: Request, seed: int, eos_ids: Sequence[int]) -> dict[str, Any]:
+    """Keyword arguments of vLLM's SamplingParams for one request; as JSON, the body of a generate request.
 
     EOS ids are stop tokens, which vLLM keeps in the response; `ignore_eos` keeps it from adding its own.
     """
     return {
-        "max_tokens": sampling.max_tokens,
+        "max_tokens": sampling.max_tokens - request.generated,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k,

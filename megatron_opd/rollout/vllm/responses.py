@@ -146,7 +146,8 @@ class Response:
         self.shown = stop
         self.seen_end = self.end is not None and stop == len(self.tokens)
         tokens = torch.tensor(self.tokens[start:stop], dtype=torch.int64)
-        return Segment(self.request, start, tokens, *self.candidates.slice(start, stop), self.seen_end)
+        first = self.request.generated + start
+        return Segment(self.request, first, tokens, *self.candidates.slice(start, stop), self.seen_end)
 
     def stop(self) -> None:
         """Ends the response behind what the watcher has seen."""

@@ -319,11 +319,11 @@ class _Run:
     def _stream(self, replica: Replica, response: Response) -> None:
         """Streams the response from its beginning; tokens that a dead replica has left are compared."""
         pinned = response.pinned
-        arguments = sampling_arguments(
-            self.sampling, request_seed(self.sampling.seed, response.request.index, pinned), self.engine.eos_ids
-        )
+        request = response.request
+        seed = request_seed(self.sampling.seed, request.index, pinned)
+        arguments = sampling_arguments(self.sampling, request, seed, self.engine.eos_ids)
         arguments["max_tokens"] -= pinned
-        tokens = [*response.request.prompt.tokens, *response.tokens[:pinned]]
+        tokens = [*request.tokens, *response.tokens[:pinned]]
         body = {"token_ids": tokens, "sampling_params": arguments}
         position = pinned
         with closing(replica.stream(body, self.engine.tag(self.version))) as choices, _replies_of_vllm():

@@ -18,6 +18,7 @@ from megatron_opd.types import Prompt, Rollout
 from tests.distributed import run_distributed
 from tests.layouts import parallel_student, student_model
 from tests.models.tiny_families import VOCAB, make
+from tests.rollout.begun import assert_goes_on, drop_waiting, go_on
 
 LAYOUTS = ("tp1", "tp2_sp", "pp2", "tp2_sp_pp2", "vpp2")  # in a world of four: data parallelism 4, 2, 2, 1, 2
 EOS = {7, 50, 93}
@@ -95,10 +96,17 @@ def generate(rank: int, world: int, directory: str):
                 "watched": as_lists(watched),
                 "stopped": as_lists(stopped),
                 "refused": refusal(student),
+                "begun": go_on(small, requests(), variants["plain"], SAMPLING),
+                "dropped": drop_waiting(small, requests(), SAMPLING),
                 "probe": engine.probe([1, 2, 3, 4, 5]),
                 "mode": student.chunks[0].training,
                 "sequence": student.config.sequence_parallel,
             }
+    with student_model(directory, "tp1") as student, pytest.MonkeyPatch.context() as patch:
+        patch.setattr("megatron_opd.rollout.megatron.engine.PREFILL_TOKENS", 10)
+        engine = MegatronEngine(student, EOS, max_batch=64)
+        engine.policy_version = 3
+        found["in_turns"] = as_lists(engine.generate(requests(), SAMPLING))
     found["sampled"] = sampled_tokens()
     return found
 
@@ -202,7 +210,7 @@ def test_a_request_that_can_never_fit_is_refused_by_name(results):
         for layout in LAYOUTS:
             assert re.search(
                 r"rollout\.cache_gib: \S+ is too small: .* take \S+ GiB on a rank; set it to \S+ or more, or lower "
-                r"rollout\.max_tokens",
+                r"the budget",
                 found[layout]["refused"],
             )
 
@@ -219,6 +227,22 @@ def test_the_watch_stops_answers(results):
                 elif len(tokens) < len(whole):
                     assert reason == "drift" and least <= len(tokens) <= least + 5
     assert [r for i, _, r, _ in results[0]["tp1"]["stopped"] if i in (0, 3)] == ["drift", "drift"]
+
+
+def test_a_response_goes_on_where_an_earlier_step_has_left_it(results):
+    for layout in LAYOUTS:
+        assert_goes_on(results[0][layout]["begun"], tolerance=1e-5)
+
+
+def test_many_long_prompts_are_read_in_turns(results):
+    """The same tokens as at once: see PREFILL_TOKENS."""
+    assert results[0]["in_turns"] == as_lists(results[0]["tp1"]["rollouts"]["plain"])
+
+
+def test_a_waiting_request_that_is_stopped_has_no_tokens(results):
+    for layout in LAYOUTS:
+        lengths = results[0][layout]["dropped"]
+        assert lengths.count(0) >= 1 and max(lengths) > 0
 
 
 def test_probe_gives_the_models_logprobs(results, reference):

@@ -11,6 +11,7 @@ import torch
 from megatron_opd.config import RolloutConfig, VllmConfig
 from megatron_opd.rollout.base import Sampling
 from tests.distributed import run_distributed
+from tests.rollout.begun import assert_goes_on, drop_waiting, go_on
 from tests.rollout.vllm.tiny import (
     EOS,
     MAX_LEN,
@@ -32,6 +33,7 @@ pytestmark = pytest.mark.skipif(
 )
 TOLERANCE = 1e-4  # nats
 SAMPLING = Sampling(max_tokens=40, seed=5, top_logprobs=16)
+GREEDY = Sampling(max_tokens=40, temperature=0.0, top_logprobs=16)
 
 
 def build(paths, tensor=1, max_batch=4):
@@ -72,6 +74,9 @@ def one_rank(rank, world_size, paths):
     result["narrow_gap"] = worst_gap(first, narrow)
     greedy = engine.generate(requests(4), Sampling(20, temperature=0.0, top_logprobs=4))
     result["greedy"] = [torch.equal(r.tokens, r.topk_ids[:, 0]) for r in greedy]
+    whole = engine.generate(requests(4), GREEDY)
+    result["begun"] = go_on(engine, requests(4), whole, GREEDY)
+    result["dropped"] = drop_waiting(engine, requests(10), SAMPLING)
     result["no_candidates"] = tuple(engine.generate(requests(1), Sampling(4))[0].topk_ids.shape)
 
     watcher = Watcher()
@@ -178,6 +183,14 @@ def test_watched_answers_stop_behind_their_segment(single):
     assert "drift" in {reason for _, reason in single["stopped"]}
     kept = sum(len(tokens) for tokens, _ in single["stopped"])
     assert kept <= single["sampled"]["stopped"] < single["sampled"]["watched"]
+
+
+def test_a_response_goes_on_where_an_earlier_step_has_left_it(single):
+    assert_goes_on(single["begun"], TOLERANCE)
+
+
+def test_a_waiting_request_that_is_stopped_has_no_tokens(single):
+    assert single["dropped"].count(0) == 6 and max(single["dropped"]) > 0
 
 
 def test_the_probe_shows_a_skipped_handover(single):

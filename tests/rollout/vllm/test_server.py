@@ -24,6 +24,7 @@ from megatron_opd.rollout.vllm.client import Replica
 from megatron_opd.rollout.vllm.common import RolloutError
 from megatron_opd.rollout.vllm.server import VllmServerEngine
 from tests.distributed import LIMIT_S, free_port, run_distributed
+from tests.rollout.begun import assert_goes_on, drop_waiting, go_on
 from tests.rollout.vllm.tiny import (
     EOS,
     MAX_LEN,
@@ -157,6 +158,15 @@ def test_watched_answers_are_the_same_or_stop_behind_their_segment(engine):
     for index, (tokens, reason) in enumerate(whole):
         ends = index % 2 == 0 and len(tokens) > 16
         assert stopped[index] == ((tokens[:16], "drift") if ends else (tokens, reason))
+
+
+def test_a_response_goes_on_where_an_earlier_step_has_left_it(engine):
+    greedy = Sampling(max_tokens=48, temperature=0.0, top_logprobs=16)
+    assert_goes_on(go_on(engine, requests(4), engine.generate(requests(4), greedy), greedy), TOLERANCE)
+
+
+def test_a_waiting_request_that_is_stopped_has_no_tokens(engine):
+    assert 0 in drop_waiting(engine, requests(24), SAMPLING)
 
 
 def test_a_server_with_foreign_parameters_gets_ours_before_it_generates(engine, servers, paths):
