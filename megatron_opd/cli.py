@@ -190,7 +190,8 @@ def under_launcher() -> bool:
 
 def default_processes(config: Config) -> int:
     """One process per GPU; without GPUs what the larger layout needs."""
-    needed = max(config.student.parallel.model_size, config.teacher.parallel.model_size)
+    models = config.student, *config.teacher_by_name.values()
+    needed = max(model.parallel.model_size for model in models)
     if config.device == "cpu":
         return needed
     import torch

@@ -7,6 +7,7 @@ import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from functools import partial
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from statistics import mean
@@ -30,6 +31,7 @@ from megatron_opd.rollout.reference import largest_difference
 from megatron_opd.runtime.ending import ending
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.scoring.stop_event import student_stop_logprob
+from megatron_opd.scoring.teachers import Teachers
 from megatron_opd.training.run import check_vocabularies, load_tokenizers
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.stop import StopPlan, resolve_stop
@@ -85,7 +87,10 @@ def diagnose(config: Config) -> int:
         trainer = doctor.trainer
         doctor.check("memory", lambda: memory(trainer, config))
         doctor.check("student against transformers", lambda: _against_transformers(trainer.student, config.student))
-        doctor.check("teacher against transformers", lambda: _against_transformers(trainer.teacher, config.teacher))
+        for name, teacher in config.teacher_by_name.items():
+            model = trainer.teachers[name]
+            check = partial(_against_transformers, model, teacher)
+            doctor.check(f"{model.name} against transformers", check)
         if doctor.tokenizer:
             doctor.check("student as its own teacher", lambda: _self_distillation(doctor))
             doctor.check("drift of the first batch", lambda: _first_batch(doctor))
@@ -129,7 +134,7 @@ def _need_tokenizer(doctor: Doctor) -> Tokenizer:
 def _prompts(doctor: Doctor) -> str:
     tokenizer = _need_tokenizer(doctor)
     data, rewarded = doctor.config.data, doctor.config.prune.after_drift == "grpo"
-    prompts = load_prompts(data, tokenizer, rewarded or None, data.verifier, doctor.config.teacher)
+    prompts = load_prompts(data, tokenizer, rewarded or None, data.verifier, doctor.config.teacher_by_source)
     needed = doctor.config.train.prompts_per_step
     if len(prompts) < needed:
         raise Problem(
@@ -141,7 +146,7 @@ def _prompts(doctor: Doctor) -> str:
 def _lengths(doctor: Doctor) -> str:
     """Prompts and responses fit both models and the engine."""
     tokenizer, config = _need_tokenizer(doctor), doctor.config
-    prompts = load_prompts(config.data, tokenizer, teacher=config.teacher)
+    prompts = load_prompts(config.data, tokenizer, teachers=config.teacher_by_source)
     sets = [(s.name, s.max_tokens, load_eval_prompts(s, config.data, tokenizer)) for s in config.eval.sets]
     check_lengths(config, prompts, sets)
     longest = prompts.longest + config.prune.budget.maximum
@@ -177,7 +182,7 @@ def _references(doctor: Doctor) -> str:
 def _models(doctor: Doctor, device: torch.device) -> str:
     doctor.trainer = build_trainer(doctor.config, device)
     notes = check_vocabularies(doctor.trainer, _need_tokenizer(doctor), doctor.config)
-    return "; ".join([*(describe(m) for m in (doctor.trainer.student, doctor.trainer.teacher)), *notes])
+    return "; ".join([*(describe(m) for m in (doctor.trainer.student, *doctor.trainer.teachers.values())), *notes])
 
 
 def describe(model: Model) -> str:
@@ -206,8 +211,10 @@ def memory(trainer: Trainer, config: Config) -> str:
     def held(model: Model) -> int:
         return sum(p.numel() * p.element_size() for chunk in model.chunks for p in chunk.parameters())
 
-    needed = held(trainer.student) + held(trainer.teacher)
-    needed += training_bytes(trainer.student, config.train.distributed_optimizer)
+    needed = held(trainer.student) + training_bytes(trainer.student, config.train.distributed_optimizer)
+    teachers = trainer.teachers.values()
+    needed += sum(held(model) for model in teachers if not model.offload)
+    needed += max((held(model) for model in teachers if model.offload), default=0)  # one after the other
     if trainer.student.device.type == "cuda":
         total = torch.cuda.get_device_properties(trainer.student.device).total_memory
     else:
@@ -249,7 +256,7 @@ def sample_responses(
     config: Config, engine: RolloutEngine, tokenizer: Tokenizer, prompts: int, tokens: int
 ) -> list[Rollout]:
     """Responses of at most `tokens` tokens to the first `prompts` prompts of the data, sampled as the config says."""
-    chosen = load_prompts(config.data, tokenizer, None, teacher=config.teacher).prompts[
+    chosen = load_prompts(config.data, tokenizer, None, teachers=config.teacher_by_source).prompts[
         : min(prompts, config.train.prompts_per_step)
     ]
     sampling = Sampling(
@@ -282,9 +289,7 @@ def _first_batch(doctor: Doctor) -> str:
     config, trainer = doctor.config, doctor.trainer
     assert trainer is not None
     prune = config.prune
-    scores = score_rollouts(
-        trainer.teacher, _sample_batch(doctor), TopKOverlap(prune), config.train.tokens_per_microbatch
-    )
+    scores = _judged(trainer, config, _sample_batch(doctor))
     overlap = torch.cat([s.columns["overlap"] for s in scores])
     rate = float(
         drift_events(overlap[None], torch.ones_like(overlap[None], dtype=torch.bool), prune.threshold).float().mean()
@@ -315,14 +320,21 @@ def _stops(doctor: Doctor) -> str:
     text = f"{text}; {plan.note}" if plan.note else text
     if not rollouts:
         return text
-    teacher = trainer.teacher
-    teacher.terminators = tuple(sorted(plan.teacher))
+    for name, teacher in trainer.teachers.items():
+        teacher.terminators = tuple(sorted(plan.teachers[name]))
     try:
-        tokens = config.train.tokens_per_microbatch
-        scores = score_rollouts(teacher, rollouts, TopKOverlap(config.prune), tokens)
+        scores = _judged(trainer, config, rollouts)
     finally:
-        teacher.terminators = ()
+        for teacher in trainer.teachers.values():
+            teacher.terminators = ()
     return stop_report(rollouts, scores, plan, text)
+
+
+def _judged(trainer: Trainer, config: Config, rollouts: list[Rollout]) -> list[TeacherScores]:
+    """Each response read by its own teacher."""
+    teachers, tokens = Teachers(trainer.teachers, config.teacher_of_source), config.train.tokens_per_microbatch
+    signal = TopKOverlap(config.prune)
+    return teachers.judge(rollouts, lambda teacher, of_it: score_rollouts(teacher, of_it, signal, tokens))
 
 
 def stop_report(rollouts: list[Rollout], scores: list[TeacherScores], plan: StopPlan, text: str) -> str:

@@ -160,6 +160,8 @@ def measure(
         names: of the two ways.
         ways: for student and teacher, the changes to their configs in both.
     """
+    if config.teachers:
+        raise ConfigError("precision-shift compares one teacher; name it in teacher:, and add 'teachers=[]'")
     layouts = {"student": student_layout(config.student.parallel), "teacher": teacher_layout(config.teacher.parallel)}
     settings: dict[str, ModelConfig] = {"student": config.student, "teacher": config.teacher}
     rollouts: list[Rollout] = []

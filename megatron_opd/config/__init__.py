@@ -11,11 +11,12 @@ from megatron_opd.config.loading import dump_config, load_config, parse_config
 from megatron_opd.config.models import ModelConfig, ParallelConfig, TeacherConfig
 from megatron_opd.config.prune import PRESETS, BudgetConfig, PruneConfig
 from megatron_opd.config.rollout import RolloutConfig, VllmConfig
-from megatron_opd.config.root import Config
+from megatron_opd.config.root import DEFAULT_TEACHER, Config
 from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrainConfig
 from megatron_opd.errors import ConfigError
 
 __all__ = [
+    "DEFAULT_TEACHER",
     "PRESETS",
     "BudgetConfig",
     "CheckpointConfig",

@@ -130,3 +130,10 @@ class TeacherConfig(ModelConfig):
         if self.fp8_params and self.offload:
             raise ValueError("fp8_params: true cannot be moved to host memory; set offload: false or fp8_params: false")
         return self
+
+
+class NamedTeacherConfig(TeacherConfig):
+    name: str = Field(pattern=r"^[A-Za-z][A-Za-z0-9_-]*$")
+    """What metrics and messages call it."""
+    sources: list[str] = Field(min_length=1)
+    """It judges the prompts with these sources (data.source_key); `teacher` judges the others."""

@@ -8,11 +8,13 @@ from pydantic import Field, model_validator
 
 from megatron_opd.config.base import FilePath, Section
 from megatron_opd.config.data import DataConfig, EvalConfig
-from megatron_opd.config.models import ModelConfig, TeacherConfig
+from megatron_opd.config.models import ModelConfig, NamedTeacherConfig, TeacherConfig
 from megatron_opd.config.prune import PruneConfig
 from megatron_opd.config.rollout import RolloutConfig
 from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrainConfig
 from megatron_opd.plugins import LOSSES, Reads
+
+DEFAULT_TEACHER = "teacher"  # the name of `teacher` among the teachers
 
 
 class Config(Section):
@@ -24,6 +26,8 @@ class Config(Section):
     """The model that learns."""
     teacher: TeacherConfig
     """The model that judges."""
+    teachers: list[NamedTeacherConfig] = Field(default_factory=list)
+    """More models that judge, each the prompts of some sources; every other prompt is `teacher`'s."""
     rollout: RolloutConfig = Field(default_factory=RolloutConfig)
     """Generation."""
     prune: PruneConfig = Field(default_factory=PruneConfig)
@@ -50,6 +54,21 @@ class Config(Section):
     def candidates(self) -> int:
         """The student's most likely tokens that are kept at each position."""
         return max(self.prune.k, self.loss_k)
+
+    @property
+    def teacher_by_name(self) -> dict[str, TeacherConfig]:
+        """Every teacher; `teacher` itself is called "teacher"."""
+        return {DEFAULT_TEACHER: self.teacher, **{t.name: t for t in self.teachers}}
+
+    @property
+    def teacher_of_source(self) -> dict[str, str]:
+        """Names of teachers by the prompts' sources; a source that is not in it is DEFAULT_TEACHER's."""
+        return {source: t.name for t in self.teachers for source in t.sources}
+
+    @property
+    def teacher_by_source(self) -> dict[str, TeacherConfig]:
+        """Teachers by the prompts' sources; "" is `teacher`, of all other sources."""
+        return {"": self.teacher, **{source: t for t in self.teachers for source in t.sources}}
 
     @property
     def kept_candidates(self) -> int:
@@ -98,6 +117,47 @@ class Config(Section):
             others.append(f"rollout.importance_clip: {self.rollout.importance_clip}; set null")
         return [f"loss.advantage: group excludes {other}" for other in others]
 
+    def teacher_problems(self) -> list[str]:
+        """What several teachers do not go with."""
+        problems = []
+        if self.teachers and self.score.mode == "fused":
+            problems.append("score.mode: fused has one teacher beside the student; with teachers: set separate")
+        if self.teachers and self.score.payload == "hidden":
+            problems.append("score.payload: hidden rebuilds one teacher's logits; with teachers: set topk")
+        names = [DEFAULT_TEACHER, *(t.name for t in self.teachers)]
+        sources = [source for t in self.teachers for source in t.sources]
+        for what, values in (("name", names), ("source", sources)):
+            if twice := sorted({v for v in values if values.count(v) > 1}):
+                problems.append(f"teachers: the {what} {twice[0]!r} is there twice; each has one teacher")
+        for name, teacher in self.teacher_by_name.items():
+            key = "teacher" if name == DEFAULT_TEACHER else f"teachers[{name}]"
+            if teacher.system is not None and self.data.template == "none":
+                problems.append(f"{key}.system: needs messages to stand before; set data.template: chat")
+            if teacher.parallel.expert > 1 and (self.prune.in_flight or self.prune.cut != "none"):
+                problems.append(
+                    f"{key}.parallel.expert: {teacher.parallel.expert} spans replicas that score responses of "
+                    "different numbers of segments; set prune.in_flight: false and prune.cut: none, or expert: 1"
+                )
+        return problems + self.share_problems()
+
+    def share_problems(self) -> list[str]:
+        """What the weights of teachers and responses do not go with."""
+        loss, problems = self.loss, []
+        if unknown := sorted(loss.teacher_shares.keys() - self.teacher_by_name.keys()):
+            known = ", ".join(self.teacher_by_name)
+            problems.append(f"loss.teacher_shares: there is no teacher {unknown[0]!r}; there are {known}")
+        if loss.teacher_shares and not unknown and loss.teacher_shares.keys() != self.teacher_by_name.keys():
+            missing = next(name for name in self.teacher_by_name if name not in loss.teacher_shares)
+            problems.append(f"loss.teacher_shares: names every teacher or none; {missing!r} is missing")
+        if loss.disagreement and not self.teachers:
+            problems.append(f"loss.disagreement: {loss.disagreement} compares teachers, and there is one; set 0")
+        weighs = [key for key, value in loss.weighs.items() if value]
+        if weighs and self.score.mode == "fused":
+            problems.append(f"{weighs[0]} needs the scores before training; set score.mode: separate")
+        if weighs and loss.advantage == "group":
+            problems.append(f"{weighs[0]} sets the denominator or the advantage that loss.advantage: group sets")
+        return problems
+
     def reward_problems(self) -> list[str]:
         """Why no reward past the drift point could ever teach anything: what makes all advantages 0."""
         prune, train = self.prune, self.train
@@ -130,7 +190,7 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        problems = self.reward_problems()
+        problems = self.reward_problems() + self.teacher_problems()
         if self.student.fp8_params and not self.train.distributed_optimizer:
             problems.append("student.fp8_params: true needs train.distributed_optimizer: true, which gathers them")
         if self.student.fp8_params and self.student.fp8_recipe == "mxfp8":
@@ -138,8 +198,6 @@ class Config(Section):
                 "student.fp8_params: true is not supported with fp8_recipe: mxfp8; set fp8_params: false or another "
                 "recipe"
             )
-        if self.teacher.system is not None and self.data.template == "none":
-            problems.append("teacher.system: needs messages to stand before; set data.template: chat")
         if self.score.mode == "fused":
             if self.teacher.reads_another_prompt:
                 problems.append(
@@ -178,11 +236,6 @@ class Config(Section):
             problems.append(
                 f"student.parallel.expert: {self.student.parallel.expert} spans replicas that generate for different "
                 "numbers of tokens; set rollout.engine: vllm"
-            )
-        if self.teacher.parallel.expert > 1 and (self.prune.in_flight or self.prune.cut != "none"):
-            problems.append(
-                f"teacher.parallel.expert: {self.teacher.parallel.expert} spans replicas that score responses of "
-                "different numbers of segments; set prune.in_flight: false and prune.cut: none, or expert: 1"
             )
         names = [s.name for s in self.eval.sets]
         if len(set(names)) != len(names):

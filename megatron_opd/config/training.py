@@ -41,6 +41,18 @@ class LossConfig(Section):
     advantage: Literal["token", "group"] = "token"
     """With sampled_reverse_kl. token: log q - log p at each token. group: TOP-D's, with the mean over the later tokens
     of the response, standardised over all tokens of a prompt's responses."""
+    mean: Literal["token", "sequence"] = "token"
+    """Of the batch's terms. token: over all response tokens, the method's. sequence: over the responses, each of which
+    counts with the mean over its tokens."""
+    teacher_shares: dict[str, Annotated[float, Field(gt=0)]] = Field(default_factory=dict)
+    """With several teachers: the share of the batch's tokens that each is to have, by its name; `teacher` is the first.
+    Tokens are weighed by wanted over actual share (Open-MOPD). Empty: as they come."""
+    disagreement: float = Field(default=0.0, ge=-4, le=4)
+    """With several teachers: exponent of the weight that a teacher gains by its mean distance from the student, against
+    that of all (Open-MOPD: 1). 0 is off; below 0 a run may diverge."""
+    advantage_clip: float | None = Field(default=None, gt=0)
+    """Bound on |log q - log p| at each candidate and sampled token, p the sampler's; 5 and 20 are published. null: no
+    bound."""
     fused_head: bool = False
     """Student's output layer and loss in one, in chunks of `chunk_tokens`, so that a row's logits are never whole: the
     memory of long rows. For topk_reverse_kl, sampled_reverse_kl and a LogprobLoss of your own with score.mode:
@@ -51,6 +63,16 @@ class LossConfig(Section):
         """What the loss is built with: `options`, and the keys of this section that are its own."""
         entry = LOSSES.get(self.kind)
         return {name: getattr(self, name) for name in entry.options} if entry else dict(self.options)
+
+    @property
+    def weighs(self) -> dict[str, bool]:
+        """The keys that change tokens' weights or scores before training, and whether they do."""
+        return {
+            f"loss.mean: {self.mean}": self.mean != "token",
+            "loss.teacher_shares": bool(self.teacher_shares),
+            f"loss.disagreement: {self.disagreement}": self.disagreement != 0,
+            f"loss.advantage_clip: {self.advantage_clip}": self.advantage_clip is not None,
+        }
 
     @property
     def changes_scores(self) -> bool:

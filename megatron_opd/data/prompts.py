@@ -6,7 +6,7 @@ import difflib
 import hashlib
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from copy import deepcopy
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -81,12 +81,13 @@ def load_prompts(
     tokenizer: Tokenizer,
     need_answers: bool | None = False,
     verifier: str = "",
-    teacher: TeacherConfig | None = None,
+    teachers: Mapping[str, TeacherConfig] | None = None,
 ) -> PromptSet:
     """Reads, templates and tokenizes the prompts that `data.prompts` names.
 
     Args:
-        teacher: has prompts of its own where `teacher.system` or `teacher.context_key` says so.
+        teachers: by the prompts' sources, "" for all others: they have prompts of their own where their `system` or
+            `context_key` says so.
         need_answers: refuse prompts without a reference answer, which `verifier` needs; False: only where others have
             one; None: never, nothing looks at them.
 
@@ -104,8 +105,9 @@ def load_prompts(
     columns = GYM_COLUMNS if is_gym else (data.prompt_key, data.answer_key, data.source_key)
     reader = RowReader(*columns, need_answers, verifier)
     given = {"data.suffix": data.suffix, "data.system": data.system or ""}
-    if teacher is not None:
-        given |= {"teacher.system": teacher.system or "", "teacher.context": teacher.context}
+    for source, teacher in (teachers or {}).items():
+        of = f" of the teacher of {source}" if source else ""
+        given |= {f"teacher.system{of}": teacher.system or "", f"teacher.context{of}": teacher.context}
     for key, text in given.items():
         if half := broken_character(text):
             raise DataError(f"{key}: holds {half}, half a character")
@@ -114,7 +116,10 @@ def load_prompts(
     for row in rows:
         result.total += 1
         prompt = reader.prompt(row)
-        teachers = _teacher_tokens(row, deepcopy(prompt), data, teacher, tokenizer) if teacher else None
+        source, own = reader.source(row), None
+        if teachers is not None:
+            teacher = teachers.get(source, teachers[""])
+            own = _teacher_tokens(row, deepcopy(prompt), data, teacher, tokenizer)
         key = prompt if isinstance(prompt, str) else json.dumps(prompt)
         repeated = key in seen
         result.duplicates += repeated
@@ -128,7 +133,7 @@ def load_prompts(
         if len(tokens) > data.max_prompt_tokens:
             result.too_long += 1
             continue
-        result.prompts.append(Prompt(row.uid, text, tokens, answer, reader.source(row), metadata_of(row), teachers))
+        result.prompts.append(Prompt(row.uid, text, tokens, answer, source, metadata_of(row), own))
     if result.total == 0:
         raise DataError(f"{data.prompts}: the file is empty")
     if not result.prompts:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,7 @@ class Model:
     terminators: tuple[int, ...] = ()  # a teacher's, whose joint log-prob is part of its scores (loss.stop: event)
     offload: bool = False  # parameters live in host memory outside `resident`
     cache_gib: float | None = None  # a teacher's: most that the keys and values of running responses take on a rank
+    _moved_s: float = 0.0
 
     @contextmanager
     def resident(self) -> Iterator[None]:
@@ -61,8 +63,15 @@ class Model:
         return self.layout.groups
 
     def move(self, device: torch.device) -> None:
+        start = time.monotonic()
         for chunk in self.chunks:
             chunk.to(device)
+        self._moved_s += time.monotonic() - start
+
+    def take_moved_seconds(self) -> float:
+        """Seconds that its parameters were on their way between host and device since the last call."""
+        seconds, self._moved_s = self._moved_s, 0.0
+        return seconds
 
     @property
     def row_multiple(self) -> int:

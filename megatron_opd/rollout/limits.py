@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from transformers import PretrainedConfig
 
-from megatron_opd.config import Config, ConfigError, ModelConfig
+from megatron_opd.config import DEFAULT_TEACHER, Config, ConfigError, ModelConfig
 from megatron_opd.data.prompts import PromptSet
 from megatron_opd.weights.bridge import read_hf_config, rope_parameters
 from megatron_opd.weights.families import own_family
@@ -46,10 +46,12 @@ def check_lengths(config: Config, training: PromptSet | None, evaluation: Iterab
         if sum(case[1:3]) > student
     ]
     if training is not None:
-        teacher = positions_of(_hf_config("teacher", config.teacher))
         case = (wanted[-1][0], training.longest_of_teacher, *wanted[-1][2:])
-        if sum(case[1:3]) > teacher:
-            problems.append(_too_long(f"teacher.model: {config.teacher.model}", teacher, *case))
+        for name, settings in config.teacher_by_name.items():
+            key = "teacher" if name == DEFAULT_TEACHER else f"teachers[{name}]"
+            positions = positions_of(_hf_config(key, settings))
+            if sum(case[1:3]) > positions:
+                problems.append(_too_long(f"{key}.model: {settings.model}", positions, *case))
     if config.rollout.engine == "vllm":
         problems += _vllm_problems(config, student, wanted)
         heads = student_config.num_attention_heads
@@ -76,7 +78,8 @@ def _too_long(model: str, limit: int, source: str, prompt: int, response: int, k
 
 def _vllm_problems(config: Config, positions: int, wanted: list[tuple[str, int, int, str]]) -> list[str]:
     given, reach, problems = config.rollout.vllm.max_model_len, longest_sequence(config), []
-    if given is None and reach > positions:
+    colocated = config.rollout.vllm.mode == "colocate"  # a server is started with the model's own positions
+    if given is None and colocated and reach > positions:
         longest = max(prompt for _, prompt, _, _ in wanted)
         problems.append(
             f"data.max_prompt_tokens: {config.data.max_prompt_tokens} and the longest response make {reach} tokens: "

@@ -7,11 +7,11 @@ from contextlib import AbstractContextManager
 from typing import Protocol
 
 from megatron_opd.config import Config
-from megatron_opd.models.model import Model
 from megatron_opd.plugins import is_own
 from megatron_opd.prune.signals import make_signal
 from megatron_opd.rollout.base import Request, RolloutEngine, Sampling, Watch
 from megatron_opd.rollout.checks import check_rollouts
+from megatron_opd.scoring.teachers import Teachers
 from megatron_opd.types import Rollout, TeacherScores
 
 
@@ -27,8 +27,8 @@ class Scoring(ABC):
     `candidates` is how many of the student's most likely tokens the engine must return at each position.
     """
 
-    def __init__(self, config: Config, engine: RolloutEngine, teacher: Model) -> None:
-        self.config, self.engine, self.teacher = config, engine, teacher
+    def __init__(self, config: Config, engine: RolloutEngine, teachers: Teachers) -> None:
+        self.config, self.engine, self.teachers = config, engine, teachers
         self.signal = make_signal(config.prune)
         self.candidates = config.kept_candidates
         self.sends_hidden = config.score.payload == "hidden"
@@ -51,5 +51,5 @@ class Scoring(ABC):
             rollouts = self.engine.generate(requests, sampling, watch, self.config.prune.segment)
         self.engine.sleep()
         if is_own(self.config.rollout.engine):
-            check_rollouts(rollouts, requests, sampling, self.teacher.vocab_size)
+            check_rollouts(rollouts, requests, sampling, self.teachers.default.vocab_size)
         return rollouts

@@ -37,9 +37,11 @@ class SeparateScoring(Scoring):
     ) -> tuple[list[Rollout], list[TeacherScores]]:
         with clock.phase("rollout"):
             rollouts = self._generate(requests, sampling)
-        with clock.phase("score"), self.teacher.resident():
-            tokens = self.config.train.tokens_per_microbatch
-            return rollouts, score_rollouts(self.teacher, rollouts, self.signal, tokens, self.sends_hidden)
+        tokens = self.config.train.tokens_per_microbatch
+        with clock.phase("score"):
+            return rollouts, self.teachers.judge(
+                rollouts, lambda teacher, of_it: score_rollouts(teacher, of_it, self.signal, tokens, self.sends_hidden)
+            )
 
 
 def score_rollouts(
@@ -75,7 +77,7 @@ def read_rollouts(
     With `hidden` also what the output layer has read there, [T, hidden size], as the field HIDDEN. The last token of a
     response is scored but never fed: nothing follows it. The teacher reads its own prompts where it has any.
     """
-    if model.name == "teacher":
+    if model.name.startswith("teacher"):
         rollouts = [as_the_teacher_reads(r) for r in rollouts]
     layout = model.layout
     lengths = [len(r.prompt.tokens) + len(r) - 1 for r in rollouts]

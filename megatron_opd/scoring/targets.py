@@ -10,7 +10,6 @@ Each makes the batch that is trained on from the one that was scored; drift, met
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from dataclasses import replace
 
 import torch
@@ -20,17 +19,12 @@ from megatron_opd.config import Config
 from megatron_opd.losses import vocab_parallel_logprobs
 from megatron_opd.models.model import Model
 from megatron_opd.parallel.exchange import Fields
+from megatron_opd.scoring.response_weights import response_weights
 from megatron_opd.scoring.separate import as_the_teacher_reads, read_rollouts
+from megatron_opd.scoring.target import Target
 from megatron_opd.scoring.teacher_view import Candidates
+from megatron_opd.scoring.teachers import Teachers
 from megatron_opd.types import Rollout, ScoredBatch, TeacherScores
-
-
-class Target(ABC):
-    """Base of all. Every rank has the same batch and must make the same of it."""
-
-    @abstractmethod
-    def of(self, batch: ScoredBatch) -> ScoredBatch:
-        """The batch to train on; `batch` stays as it is. Collective."""
 
 
 class Extrapolated(Target):
@@ -136,7 +130,7 @@ def standardised(returns: list[Tensor]) -> list[Tensor]:
     return [(r - whole.mean()) / spread for r in returns]
 
 
-def make_targets(config: Config, reference: Model | None) -> list[Target]:
+def make_targets(config: Config, reference: Model | None, teachers: Teachers) -> list[Target]:
     """What the config names, in the order in which it is applied; nothing where the teacher is taken as it is."""
     loss = config.loss
     targets: list[Target] = []
@@ -147,4 +141,4 @@ def make_targets(config: Config, reference: Model | None) -> list[Target]:
         targets.append(Proximal(loss.proximal))
     if loss.advantage == "group":
         targets.append(GroupReturns(config.train.responses_per_prompt))
-    return targets
+    return targets + response_weights(config, teachers)

@@ -23,10 +23,12 @@ class UntilSpentScoring(Scoring):
     ) -> tuple[list[Rollout], list[TeacherScores]]:
         with clock.phase("rollout"):
             rollouts = self._generate(requests, sampling)
-        with clock.phase("score"), self.teacher.resident():
-            prune, tokens = self.config.prune, self.config.train.tokens_per_microbatch
-            scores = score_until_spent(self.teacher, rollouts, self.signal, prune, tokens, clock, self.sends_hidden)
-            return rollouts, scores
+        prune, tokens, hidden = self.config.prune, self.config.train.tokens_per_microbatch, self.sends_hidden
+        with clock.phase("score"):
+            return rollouts, self.teachers.judge(
+                rollouts,
+                lambda teacher, of_it: score_until_spent(teacher, of_it, self.signal, prune, tokens, clock, hidden),
+            )
 
 
 def score_until_spent(

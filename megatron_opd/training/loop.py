@@ -97,7 +97,7 @@ def step(run: Run) -> dict[str, Any]:
         gaps = run.hand_over()
     numbers = batch_metrics(batch, run.scoring.engine.tokens_sampled)
     metrics = {"step": run.step} | clock.metrics() | numbers | budget | gaps
-    metrics |= rewards | run.carried(batch) | result.metrics()
+    metrics |= rewards | run.carried(batch) | run.by_teacher(batch) | result.metrics()
     metrics |= run.watch(batch, metrics)
     if not result.applied:
         run.keep_bad_step(result.reason, batch)

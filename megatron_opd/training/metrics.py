@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 
 from megatron_opd.losses import candidate_terms
-from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, ScoredBatch
+from megatron_opd.scoring.teachers import Teachers
+from megatron_opd.types import END_DRIFT, END_EOS, END_LENGTH, ScoredBatch, TeacherScores
 
 
 def batch_metrics(batch: ScoredBatch, sampled: int | None = None) -> dict[str, Any]:
@@ -52,10 +54,40 @@ def reverse_kl(batch: ScoredBatch) -> float:
     return total / sum(s.measured for s in batch.scores)
 
 
+def teacher_metrics(batch: ScoredBatch, teachers: Teachers, weights: Mapping[str, float]) -> dict[str, Any]:
+    """What a step of several teachers looks like to each of them: {"teachers": {name: numbers}}; nothing where there is
+    one. `weights`: by which its tokens counted (loss.teacher_shares); 1 where it has none."""
+    if len(teachers.models) == 1:
+        return {}
+    numbers = {}
+    for name, members in teachers.members(batch.rollouts).items():
+        rollouts, scores = [batch.rollouts[i] for i in members], [batch.scores[i] for i in members]
+        read = sum(s.measured for s in scores)
+        total = sum(float(candidate_terms(r.topk_logprobs, s.logprobs).sum()) for r, s in zip(rollouts, scores))
+        numbers[name] = {
+            "responses": len(members),
+            "tokens": sum(len(r) for r in rollouts),
+            "response_length_mean": sum(len(r) for r in rollouts) / len(members),
+            "effective_length_mean": sum(batch.effective_length[i] for i in members) / len(members),
+            "drifted": sum(batch.events[i] > 0 for i in members) / len(members),
+            "reverse_kl": total / read if read else None,
+            "overlap_mean": column_mean(scores, "overlap"),
+            "weight": weights.get(name, 1.0),
+            "swap_s": teachers.models[name].take_moved_seconds(),
+        }
+    return {"teachers": numbers}
+
+
 def signal_metrics(batch: ScoredBatch) -> dict[str, float | None]:
     """The mean of each of the drift signal's columns; overlap_mean is None where the signal is another one."""
     means: dict[str, float | None] = {"overlap_mean": None}
     for name in batch.scores[0].columns:
-        mean = float(torch.cat([s.columns[name].float() for s in batch.scores]).nanmean())
-        means[f"{name}_mean"] = None if math.isnan(mean) else mean
+        means[f"{name}_mean"] = column_mean(batch.scores, name)
     return means
+
+
+def column_mean(scores: Sequence[TeacherScores], name: str) -> float | None:
+    """Over the tokens at which the signal has the column's value; None where it has none."""
+    values = [s.columns[name].float() for s in scores if name in s.columns]
+    mean = float(torch.cat(values).nanmean()) if values else math.nan
+    return None if math.isnan(mean) else mean

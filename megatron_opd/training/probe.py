@@ -28,7 +28,7 @@ class HandoverProbe:
         self.trainer, self.engine = trainer, engine
         generator = torch.Generator().manual_seed(config.train.seed)
         self.tokens = torch.randint(trainer.student.vocab_size, (PROBE_TOKENS,), generator=generator).tolist()
-        self.teacher = self._teacher_logprobs()
+        self.teachers = self._teacher_logprobs()
 
     def __call__(self) -> dict[str, float]:
         """The largest gaps in nats: engine to trainer, and teacher to itself at the start.
@@ -43,14 +43,20 @@ class HandoverProbe:
                 f"(rollout.sync_tolerance: {self.tolerance}): the engine holds other parameters, version "
                 f"{self.engine.policy_version}"
             )
-        drift = float((self._teacher_logprobs() - self.teacher).abs().max())
-        if not drift <= self.tolerance:
-            raise HandoverError(
-                f"the teacher's log-probs moved by {drift:.4g} nats since the start (rollout.sync_tolerance: "
-                f"{self.tolerance}): its parameters were overwritten"
-            )
+        drift = 0.0
+        for name, now in self._teacher_logprobs().items():
+            moved = float((now - self.teachers[name]).abs().max())
+            if not moved <= self.tolerance:
+                raise HandoverError(
+                    f"the log-probs of {self.trainer.teachers[name].name} moved by {moved:.4g} nats since the start "
+                    f"(rollout.sync_tolerance: {self.tolerance}): its parameters were overwritten"
+                )
+            drift = max(drift, moved)
         return {"sync_logprob_gap": gap, "teacher_logprob_gap": drift}
 
-    def _teacher_logprobs(self) -> torch.Tensor:
-        with self.trainer.teacher.resident():
-            return own_logprobs(self.trainer.teacher, self.tokens)
+    def _teacher_logprobs(self) -> dict[str, torch.Tensor]:
+        logprobs = {}
+        for name, teacher in self.trainer.teachers.items():
+            with teacher.resident():
+                logprobs[name] = own_logprobs(teacher, self.tokens)
+        return logprobs

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from megatron_opd.checkpoint.checkpointer import Checkpointer
 from megatron_opd.config import Config, ConfigError, dump_config
 from megatron_opd.data.loader import PromptLoader
-from megatron_opd.data.prompts import load_prompts
+from megatron_opd.data.prompts import PromptSet, load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.errors import InputError, describe
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
@@ -27,9 +27,12 @@ from megatron_opd.rollout.factory import check_engine, hf_stream, make_engine
 from megatron_opd.rollout.limits import check_lengths
 from megatron_opd.runtime.guard import Guard
 from megatron_opd.scoring.factory import make_scoring
+from megatron_opd.scoring.response_weights import TeacherShares
 from megatron_opd.scoring.targets import make_targets
+from megatron_opd.scoring.teachers import Teachers
 from megatron_opd.training.alarms import AlarmWatch
 from megatron_opd.training.bad_steps import dump_bad_step
+from megatron_opd.training.metrics import teacher_metrics
 from megatron_opd.training.metrics_log import MetricsLog, add_warning, was_reported
 from megatron_opd.training.objective import build_loss
 from megatron_opd.training.probe import HandoverProbe
@@ -89,7 +92,10 @@ class Run:
         self.tokenizer, notes = load_tokenizers(config)
         self.rewards: PastDriftRewards | None = None
         rewarded = config.prune.after_drift == "grpo"
-        prompts = load_prompts(config.data, self.tokenizer, rewarded or None, config.data.verifier, config.teacher)
+        prompts = load_prompts(
+            config.data, self.tokenizer, rewarded or None, config.data.verifier, config.teacher_by_source
+        )
+        check_sources(config, prompts)
         self.eval_sets: list[EvalSet] = load_eval_sets(config.eval, config.data, self.tokenizer)
         check_lengths(config, prompts, [(s.config.name, s.config.max_tokens, s.prompts) for s in self.eval_sets])
         if rewarded:
@@ -99,16 +105,18 @@ class Run:
         self.stop = resolve_stop(config, self.tokenizer)
         notes += [self.stop.note] if self.stop.note else []
         self.trainer: Trainer = build_trainer(config, self.device)
-        self.trainer.teacher.terminators = tuple(sorted(self.stop.teacher)) if self.stop.event else ()
+        for name, teacher in self.trainer.teachers.items():
+            teacher.terminators = tuple(sorted(self.stop.teachers[name])) if self.stop.event else ()
         student = self.trainer.student
         notes += check_vocabularies(self.trainer, self.tokenizer, config)
         self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
         self.carry: CarryOver | None = None
         if config.rollout.carry_over == "finished":
             self.carry = CarryOver(self.engine, config)
-        self.scoring = make_scoring(config, self.carry or self.engine, self.trainer.teacher)
+        self.teachers = Teachers(self.trainer.teachers, config.teacher_of_source)
+        self.scoring = make_scoring(config, self.carry or self.engine, self.teachers)
         self.training_step = TrainingStep(self.trainer, config)
-        self.targets = make_targets(config, self.trainer.reference)
+        self.targets = make_targets(config, self.trainer.reference, self.teachers)
         self.budget = make_budget(config)
         self.totals = Totals()
         self.step = 0
@@ -195,6 +203,11 @@ class Run:
         """The step's numbers of rollout.carry_over; none where it is off."""
         return self.carry.metrics(batch.rollouts) if self.carry is not None else {}
 
+    def by_teacher(self, batch: ScoredBatch) -> dict[str, Any]:
+        """The step's numbers of each teacher; none where there is one."""
+        weights = next((t.weights for t in self.targets if isinstance(t, TeacherShares)), {})
+        return teacher_metrics(batch, self.teachers, weights)
+
     def taught(self, batch: ScoredBatch) -> ScoredBatch:
         """The batch to train on: with another target than the teacher's own log-probs, where the config names one."""
         for target in self.targets:
@@ -251,6 +264,7 @@ class Run:
             "norms": list(self.training_step.norms),
             "unreported": self.unreported,
             "alarms": self.alarms.state_dict(),
+            "targets": {type(target).__name__: target.state_dict() for target in self.targets},
         } | ({"carried": self.carry.state_dict()} if self.carry is not None else {})
 
     def _resume(self) -> None:
@@ -265,6 +279,9 @@ class Run:
         self.totals = Totals(**state["totals"])
         self.training_step.norms = state["norms"]
         self.alarms.load_state_dict(state.get("alarms", {}))  # checkpoints of version 0.1 have none
+        for target in self.targets:
+            if saved := state.get("targets", {}).get(type(target).__name__):
+                target.load_state_dict(saved)
         self._resume_carried(state.get("carried"))
         # It may have been reported after the checkpoint was written. "owed" is its key in checkpoints of version 0.1.
         reported = on_rank_0(lambda: was_reported(self.config.run_dir, self.step), otherwise=InputError)
@@ -294,9 +311,12 @@ class Run:
 
 
 def load_tokenizers(config: Config) -> tuple[Tokenizer, list[str]]:
-    """The student's tokenizer and remarks on harmless differences to the teacher's; raises on any other."""
+    """The student's tokenizer and remarks on harmless differences to the teachers'; raises on any other."""
     tokenizer = load_tokenizer(config.data.tokenizer or config.student.model)
-    return tokenizer, compare_tokenizers(tokenizer, load_tokenizer(config.teacher.model))
+    notes: list[str] = []
+    for teacher in config.teacher_by_name.values():
+        notes += [n for n in compare_tokenizers(tokenizer, load_tokenizer(teacher.model)) if n not in notes]
+    return tokenizer, notes
 
 
 def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -> list[str]:
@@ -305,27 +325,44 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
 
     Raises TokenizerError where a model lacks an id, ConfigError where fused scoring would meet shards of two widths.
     """
-    student, teacher = trainer.student, trainer.teacher
+    student, teachers = trainer.student, trainer.teachers
     check_model_vocabulary(tokenizer, student.vocab_size, config.student.model)
-    check_model_vocabulary(tokenizer, teacher.vocab_size, config.teacher.model)
+    for name, teacher in teachers.items():
+        check_model_vocabulary(tokenizer, teacher.vocab_size, config.teacher_by_name[name].model)
+    least = min(teacher.vocab_size for teacher in teachers.values())
     if (reference := trainer.reference) is not None and config.loss.reference:
         check_model_vocabulary(tokenizer, reference.vocab_size, config.loss.reference)
     if reference is not None:
-        reference.vocab_size = min(m.vocab_size for m in (student, teacher, reference))
-    shared = min(student.vocab_size, teacher.vocab_size)
+        reference.vocab_size = min(m.vocab_size for m in (student, *teachers.values(), reference))
+    shared = min(student.vocab_size, least)
     if config.candidates > shared:
         raise ConfigError(
             f"prune.k: {config.prune.k}, loss.k: {config.loss.k}: the models share {shared} ids; set {shared} or less"
         )
-    if student.vocab_size == teacher.vocab_size:
+    if all(student.vocab_size == teacher.vocab_size for teacher in teachers.values()):
         return []
-    sizes = f"student.model embeds {student.vocab_size} ids, teacher.model {teacher.vocab_size}"
+    sizes = f"student.model embeds {student.vocab_size} ids, " + ", ".join(
+        f"{teacher.name}.model {teacher.vocab_size}" for teacher in teachers.values()
+    )
     if config.score.mode == "fused":
         raise ConfigError(f"{sizes}: their logits differ in width; set score.mode: separate")
-    if config.rollout.engine == "vllm" and student.vocab_size > teacher.vocab_size:
+    if config.rollout.engine == "vllm" and student.vocab_size > least:
         raise ConfigError(f"{sizes}: vLLM would sample ids that the teacher lacks; set rollout.engine: megatron")
-    student.vocab_size = teacher.vocab_size = shared
+    for model in (student, *teachers.values()):
+        model.vocab_size = shared
     return [f"{sizes}; the tokenizer has {tokenizer.vocab_size}, and ids from {student.vocab_size} on are padding"]
+
+
+def check_sources(config: Config, prompts: PromptSet) -> None:
+    """Raises ConfigError where a teacher is given a source that no prompt has."""
+    known = sorted({p.source for p in prompts.prompts})
+    for source, name in config.teacher_of_source.items():
+        if source not in known:
+            near = ", ".join(repr(s) for s in known[:8])
+            raise ConfigError(
+                f"teachers[{name}].sources: no prompt of {config.data.prompts} is from {source!r} (data.source_key: "
+                f"{config.data.source_key}); they are from {near}"
+            )
 
 
 def make_budget(config: Config) -> ResponseBudget:

@@ -13,7 +13,7 @@ from megatron.core.optimizer import MegatronOptimizer, OptimizerConfig, get_mega
 from megatron.core.optimizer_param_scheduler import OptimizerParamScheduler
 
 from megatron_opd.compat.cpu_platform import apply_cpu_platform, use_cpu
-from megatron_opd.config import Config, ConfigError, TrainConfig
+from megatron_opd.config import DEFAULT_TEACHER, Config, ConfigError, TeacherConfig, TrainConfig
 from megatron_opd.kernels import kernel_backend, set_kernels
 from megatron_opd.models.build import build_model, check_layout
 from megatron_opd.models.fp8 import fuse_gradient_accumulation
@@ -24,14 +24,19 @@ from megatron_opd.parallel.groups import Layout, student_layout, teacher_layout
 
 @dataclass
 class Trainer:
-    """The student with what trains it, and the teacher."""
+    """The student with what trains it, and the teachers."""
 
     student: Model
-    teacher: Model
+    teachers: dict[str, Model]  # by name; `teacher`'s is the first
     ddp: list[DistributedDataParallel]  # the student's chunks, wrapped
     optimizer: MegatronOptimizer
     scheduler: OptimizerParamScheduler
     reference: Model | None = None  # that loss.reward_scale counts from
+
+    @property
+    def teacher(self) -> Model:
+        """The one that judges where no other does."""
+        return self.teachers[DEFAULT_TEACHER]
 
     @property
     def learning_rate(self) -> float:
@@ -68,26 +73,43 @@ def init_distributed(config: Config) -> torch.device:
 def build_trainer(config: Config, device: torch.device) -> Trainer:
     """Both models in their layouts, and the student's optimizer. Collective."""
     check_layout("student", config.student)
-    check_layout("teacher", config.teacher)
+    for name, settings in config.teacher_by_name.items():
+        check_layout(teacher_key(name), settings)
     layouts = student_layout(config.student.parallel), teacher_layout(config.teacher.parallel)
     if device.type == "cuda":
         from megatron.core.tensor_parallel import model_parallel_cuda_manual_seed
 
         model_parallel_cuda_manual_seed(config.train.seed)
     student = build_model("student", config.student, layouts[0], device)
-    teacher = build_model("teacher", config.teacher, layouts[1], device)
-    for chunk in teacher.chunks:
-        chunk.requires_grad_(False)
-    teacher.cache_gib = config.teacher.cache_gib
-    if config.teacher.offload:
-        if device.type == "cpu":
-            raise ConfigError("teacher.offload: true moves parameters off a GPU, and there is none; set it to false")
-        teacher.offload = True
-        teacher.move(torch.device("cpu"))
+    teachers, known = {}, {config.teacher.parallel.model_dump_json(): layouts[1]}
+    for name, settings in config.teacher_by_name.items():
+        shape = settings.parallel.model_dump_json()
+        if shape not in known:
+            known[shape] = teacher_layout(settings.parallel)
+        teachers[name] = build_teacher(teacher_key(name), settings, known[shape], device)
     ddp = wrap_ddp(student, config.train)
     optimizer = build_optimizer(student, ddp, config.train)
     reference = build_reference(config, layouts, device) if config.loss.reward_scale != 1 else None
-    return Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train), reference)
+    return Trainer(student, teachers, ddp, optimizer, build_scheduler(optimizer, config.train), reference)
+
+
+def teacher_key(name: str) -> str:
+    """The config's key of a teacher, which is what its model is called."""
+    return name if name == DEFAULT_TEACHER else f"teachers[{name}]"
+
+
+def build_teacher(key: str, settings: TeacherConfig, layout: Layout, device: torch.device) -> Model:
+    """A frozen model; with `offload` in host memory until it is asked for. Collective."""
+    if settings.offload and device.type == "cpu":
+        raise ConfigError(f"{key}.offload: true moves parameters off a GPU, and there is none; set it to false")
+    teacher = build_model(key, settings, layout, device)
+    for chunk in teacher.chunks:
+        chunk.requires_grad_(False)
+    teacher.cache_gib = settings.cache_gib
+    if settings.offload:
+        teacher.offload = True
+        teacher.move(torch.device("cpu"))
+    return teacher
 
 
 def build_reference(config: Config, layouts: tuple[Layout, Layout], device: torch.device) -> Model:

@@ -68,11 +68,14 @@ def test_eval_of_an_exported_model_gives_the_answers_of_transformers(tmp_path: P
 
 def test_doctor_is_content_with_the_example_and_names_what_is_wrong(tmp_path: Path) -> None:
     command = ["-m", "megatron_opd.cli", "doctor", str(EXAMPLE / "close.yaml"), "--nproc", "2"]
-    done = run(*command, f"run_dir={tmp_path / 'run'}")
+    model = EXAMPLE / "models" / "teacher"
+    second = f"teachers=[{{name: sums, sources: ['reasoning_gym:chain_sum'], model: {model}, precision: fp32}}]"
+    done = run(*command, f"run_dir={tmp_path / 'run'}", second)
     assert done.returncode == 0, done.stdout + done.stderr
     lines = done.stdout.splitlines()
     assert all(line.startswith("ok ") for line in lines), done.stdout
     checks = ("tokenizers", "student against transformers", "student as its own teacher", "drift of the first batch")
+    checks += ("teacher against transformers", "teachers[sums] against transformers")
     for check in checks:
         assert any(f"ok    {check}:" in line for line in lines), done.stdout
 

@@ -63,7 +63,7 @@ def test_the_teacher_alone_reads_the_context(write, hf):
         model="t", system="You know the solution.", context_key="info.solution", context="Hint: {context}\n{prompt}"
     )
     plain_set = load_prompts(DataConfig(prompts=path, suffix=" Think."), hf)
-    found = load_prompts(DataConfig(prompts=path, suffix=" Think."), hf, teacher=teacher)
+    found = load_prompts(DataConfig(prompts=path, suffix=" Think."), hf, teachers={"": teacher})
     assert [p.tokens for p in found.prompts] == [p.tokens for p in plain_set.prompts]
     expected = ["Hint: Add {prompt}: 3.\n1+2? Think.", "Hint: 4\n2+2? Think."]
     for prompt, text in zip(found.prompts, expected):
@@ -76,7 +76,7 @@ def test_the_teacher_alone_reads_the_context(write, hf):
 def test_plain_text_takes_a_context_too(write, sp):
     path = write({"prompt": "1+2=", "answer": "3", "hint": "three"})
     found = load_prompts(
-        plain(path), sp, teacher=TeacherConfig(model="t", context_key="hint", context="{context};{prompt}")
+        plain(path), sp, teachers={"": TeacherConfig(model="t", context_key="hint", context="{context};{prompt}")}
     )
     assert found.prompts[0].teacher_tokens == sp.encode("three;1+2=", start=True)
 
@@ -85,4 +85,14 @@ def test_plain_text_takes_a_context_too(write, sp):
 def test_a_context_that_is_missing_is_named(value, write, sp):
     path = write({"prompt": "1+2=", "hint": "three"}, {"prompt": "2+2=", "hint": value})
     with pytest.raises(DataError, match=r"line 2.*hint \(teacher.context_key\) is missing"):
-        load_prompts(plain(path), sp, teacher=TeacherConfig(model="t", context_key="hint"))
+        load_prompts(plain(path), sp, teachers={"": TeacherConfig(model="t", context_key="hint")})
+
+
+def test_each_sources_teacher_reads_its_own_context(write, sp):
+    rows = ({"prompt": "1+2=", "source": "sums", "hint": "three"}, {"prompt": "2+2=", "source": "other"})
+    teachers = {
+        "": TeacherConfig(model="t"),
+        "sums": TeacherConfig(model="u", context_key="hint", context="{context}:{prompt}"),
+    }
+    first, second = load_prompts(plain(write(*rows)), sp, teachers=teachers).prompts
+    assert first.teacher_tokens == sp.encode("three:1+2=", start=True) and second.teacher_tokens == second.tokens

@@ -226,7 +226,8 @@ def one_step(device, directory: Path, fused_head: bool = False, **student) -> tu
     model = build_model("student", config.student, student_layout(config.student.parallel), device)
     ddp = wrap_ddp(model, config.train)
     optimizer = build_optimizer(model, ddp, config.train)
-    step = TrainingStep(Trainer(model, model, ddp, optimizer, build_scheduler(optimizer, config.train)), config)
+    scheduler = build_scheduler(optimizer, config.train)
+    step = TrainingStep(Trainer(model, {"teacher": model}, ddp, optimizer, scheduler), config)
     first = step(batch())
     assert first.applied and first.microbatches > 1, first.reason
     second = step(batch())

@@ -99,3 +99,5 @@ def test_what_vllm_is_started_with(model, rollout, message):
     fits = {"engine": "vllm", "vllm": {"max_model_len": 450, "tensor": 2}}
     check_lengths(config(student, teacher, rollout=fits), prompts(50), [])
     check_lengths(config(student, teacher), prompts(50), [])  # the Megatron engine reserves nothing
+    servers = {"mode": "server", "servers": ["http://n1:8100"]}  # have the model's own positions
+    check_lengths(config(student, teacher, rollout={"engine": "vllm", "vllm": servers}), prompts(50), [])

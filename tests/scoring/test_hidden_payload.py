@@ -51,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[tuple[int, str, str],
             for loss in LOSSES:
                 cases[1, "one", f"fused_{loss}"] = (*ONE, "score.mode=fused", f"loss.kind={loss}")
         named = [Case("_".join(map(str, key)), overrides) for key, overrides in cases.items()]
-        outcomes: list[Outcome] = run_distributed(size, run_cases, run.folder, named, timeout=600)[0]
+        outcomes: list[Outcome] = run_distributed(size, run_cases, run.folder, named)[0]
         for key, case, outcome in zip(cases, named, outcomes):
             assert not outcome.error, (case.name, outcome.error)
             lines[key] = run.metrics(run.folder / case.name)

@@ -22,6 +22,7 @@ from megatron_opd.scoring.prune_weights import assign_prune_weights
 from megatron_opd.scoring.segments import SegmentScorer
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.scoring.teacher_view import to_scores
+from megatron_opd.scoring.teachers import Teachers
 from megatron_opd.training.setup import Trainer, build_optimizer, build_scheduler, wrap_ddp
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.types import Prompt, Rollout, TeacherScores
@@ -162,13 +163,15 @@ def together(rank: int, directories: dict[str, str]):
             }
             pair = {}
             for name, config in configs.items():
-                scoring = make_scoring(config, engine, teacher)
+                scoring = make_scoring(config, engine, Teachers({"teacher": teacher}, {}))
                 rollouts, scores = scoring.generate_and_score(requests(), sampling, NoClock())
                 pair[name] = assign_prune_weights(rollouts, scores, config.prune, scoring.signal)
             pair["fed"] = fed_tokens(engine, teacher, sampling, configs["in flight"])
             ddp = wrap_ddp(student, configs["off"].train)
             optimizer = build_optimizer(student, ddp, configs["off"].train)
-            trainer = Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, configs["off"].train))
+            trainer = Trainer(
+                student, {"teacher": teacher}, ddp, optimizer, build_scheduler(optimizer, configs["off"].train)
+            )
             with torch.no_grad():  # the same parameters for both
                 before = [p.clone() for p in ddp[0].parameters()]
             for name in ("off", "never"):

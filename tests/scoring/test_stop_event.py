@@ -232,7 +232,7 @@ def test_every_way_of_scoring_takes_the_event(pair: Path) -> None:
 
 
 def test_the_doctor_says_what_a_stop_is_worth() -> None:
-    token = StopPlan(False, frozenset({STUDENTS}), frozenset({TEACHERS}), "loss.stop: token")
+    token = StopPlan(False, frozenset({STUDENTS}), {"teacher": frozenset({TEACHERS})}, "loss.stop: token")
     with pytest.raises(Problem, match="every stop will be punished by 25.3 nats until responses run into their budget"):
         stop_report([rollout()], [scores()], token, "1 of 1 responses stopped")
     event = replace(token, event=True)

@@ -9,15 +9,16 @@ import pytest
 import torch
 
 from megatron_opd.config import Config, ConfigError, parse_config
+from megatron_opd.scoring.target import Target
 from megatron_opd.scoring.targets import (
     Extrapolated,
     GroupReturns,
     Proximal,
-    Target,
     make_targets,
     returns_of,
     standardised,
 )
+from megatron_opd.scoring.teachers import Teachers
 from megatron_opd.types import Prompt, Rollout, ScoredBatch, TeacherScores
 
 MODELS = {"student": {"model": "a"}, "teacher": {"model": "b"}, "data": {"prompts": "p.jsonl"}}
@@ -95,7 +96,7 @@ def test_what_the_teacher_has_not_read_earns_nothing() -> None:
 
 def test_each_key_names_its_target() -> None:
     def kinds(**loss: Any) -> list[type[Target]]:
-        return [type(target) for target in make_targets(config(loss), None)]
+        return [type(target) for target in make_targets(config(loss), None, Teachers({}, {}))]
 
     assert kinds() == kinds(proximal=1.0) == kinds(reward_scale=1.0) == []
     assert kinds(proximal=0.1) == [Proximal]

@@ -143,7 +143,7 @@ def a_step(lengths: list[int], cut: int, confidence: float = 1.0, looped: bool =
         rollouts.append(Rollout(Prompt(i, "", [1]), i, tokens, own, tokens[:, None], own[:, None], end, number))
         scores.append(TeacherScores(other[:, None], other, {}, length))
     batch = ScoredBatch(rollouts, scores, [torch.ones(n) for n in lengths], lengths, lengths, [0] * 8, sum(lengths))
-    return watch_step(batch, {"budget": 64}, 96, StopPlan(False, frozenset({3}), frozenset({3}), ""))
+    return watch_step(batch, {"budget": 64}, 96, StopPlan(False, frozenset({3}), {"teacher": frozenset({3})}, ""))
 
 
 USUAL: dict[str, Any] = {"lengths": [64, 64, 20, 24, 28, 20, 24, 28], "cut": 2}

@@ -109,7 +109,7 @@ def steps(tmp_path_factory: pytest.TempPathFactory) -> Steps:
     """Of a case, each step's metrics and what was counted."""
     run = TinyRun(tmp_path_factory.mktemp("counts"), **SHORT)
     cases = [Case(name, (*WHOLE, *changes)) for name, changes in CASES.items()]
-    outcomes, counts = run_distributed(1, counted, run.folder, cases, timeout=600)[0]
+    outcomes, counts = run_distributed(1, counted, run.folder, cases)[0]
     assert not any(outcome.error for outcome in outcomes), outcomes
 
     def of(name: str) -> list[tuple[dict, dict]]:

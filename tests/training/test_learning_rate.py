@@ -49,7 +49,7 @@ def test_the_logged_rate_is_what_moves_the_parameters(tmp_path):
     run = TinyRun(tmp_path, train={"steps": 1, "warmup_steps": 0, "lr": 3e-3}, checkpoint={"every": 1})
     whole = ("student.parallel={}", "teacher.parallel={}")
     warm = (*whole, "train.warmup_steps=4", "train.steps=5")
-    outcomes = run_distributed(1, run_cases, run.folder, [Case("flat", whole), Case("warm", warm)], timeout=300)[0]
+    outcomes = run_distributed(1, run_cases, run.folder, [Case("flat", whole), Case("warm", warm)])[0]
     assert not any(outcome.error for outcome in outcomes), outcomes
     assert [line["lr"] for line in run.metrics(run.folder / "flat")] == [3e-3]
     rates = [line["lr"] for line in run.metrics(run.folder / "warm")]

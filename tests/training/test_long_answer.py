@@ -38,7 +38,9 @@ def long_step(rank: int, world: int, student_dir: str, teacher_dir: str):
         teacher = teacher_model(teacher_dir, "tp2_sp")
         ddp = wrap_ddp(student, config.train)
         optimizer = build_optimizer(student, ddp, config.train)
-        step = TrainingStep(Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train)), config)
+        step = TrainingStep(
+            Trainer(student, {"teacher": teacher}, ddp, optimizer, build_scheduler(optimizer, config.train)), config
+        )
         generator = torch.Generator().manual_seed(0)
         tokens = torch.randint(VOCAB, (TOKENS,), generator=generator)
         ids = torch.arange(K).repeat(TOKENS, 1)

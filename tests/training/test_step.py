@@ -139,7 +139,7 @@ def megatron_steps(case: Case, reference: Result, directories: dict[str, str]) -
         teacher = teacher_model(directories["teacher"], case.teacher)
         ddp = wrap_ddp(student, config.train)
         optimizer = build_optimizer(student, ddp, config.train)
-        trainer = Trainer(student, teacher, ddp, optimizer, build_scheduler(optimizer, config.train))
+        trainer = Trainer(student, {"teacher": teacher}, ddp, optimizer, build_scheduler(optimizer, config.train))
         step = TrainingStep(trainer, config)
         made, signal = rollouts(case, reference), make_signal(config.prune)
         if case.scoring == "fused":

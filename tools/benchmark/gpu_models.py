@@ -116,7 +116,7 @@ def _training(bench: Bench, name: str, changes: dict[str, Any], setting: list[An
     ddp = wrap_ddp(student, config.train)
     optimizer: Any = build_optimizer(student, ddp, config.train) if with_optimizer else NoOptimizer()
     scheduler: Any = build_scheduler(optimizer, config.train) if with_optimizer else NoOptimizer()
-    step = TrainingStep(Trainer(student, student, ddp, optimizer, scheduler), config)
+    step = TrainingStep(Trainer(student, {"teacher": student}, ddp, optimizer, scheduler), config)
     batch = random_batch(sizes["train_responses"], sizes["train_tokens"], 1.0, student.vocab_size, K)
     lengths = kept_tokens(batch)
     losses = []
