@@ -7,7 +7,7 @@ VENV ?= $(if $(filter $(PYTHON_VERSION),$(call version_of,python3)),.venv,.venv-
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install install-test install-gpu demo docs test test-quick locks locks-check audit lint test-slurm test-gpu clean
+.PHONY: help install install-browser install-test install-gpu demo docs test test-quick locks locks-check audit lint test-slurm test-gpu clean
 
 help:
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed 's/:.*##/\t/'
@@ -39,6 +39,9 @@ $(VENV)/.test: $(VENV)/.base
 	@touch $@
 
 install: $(VENV)/.base ## set up .venv for training, conversion and the demo
+
+install-browser: ## Chromium for the tests of the report and for tools/pictures.py (root, Debian)
+	tests/report/install.sh
 
 install-test: $(VENV)/.test ## set up .venv for the test suite, vLLM on CPU included
 

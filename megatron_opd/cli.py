@@ -28,7 +28,8 @@ def make_parser() -> argparse.ArgumentParser:
     for name, text in _COMMANDS:
         command = commands.add_parser(name, help=text)
         command.add_argument("config", help="YAML file")
-        command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=500")
+        given = command.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. train.steps=500")
+        given.completer = overrides  # type: ignore[attr-defined]  # argcomplete's
         command.add_argument("--nproc", type=_positive, default=None, help="processes to start on this machine")
         if name == "eval":
             command.add_argument("--checkpoint", help="Hugging Face, converted or run checkpoint directory")
@@ -50,7 +51,45 @@ def make_parser() -> argparse.ArgumentParser:
     gate = commands.add_parser("gate", help="check a finished run against its recipe's bounds")
     gate.add_argument("run", help="run_dir")
     gate.add_argument("gate", help="YAML file of bounds")
+    report = commands.add_parser("report", help="one HTML file that shows runs, also those under way")
+    report.add_argument("runs", nargs="+", metavar="RUN", help="run_dir")
+    report.add_argument("--out", metavar="FILE", help="default: report.html in the first run's folder")
+    report.add_argument("--tokens", type=_count, help="response tokens in the report, over all runs; default 40000")
+    report.add_argument("--no-judge", action="store_true", help="leave recorded responses unjudged")
+    watch = commands.add_parser("watch", help="a run in the terminal as it goes on")
+    watch.add_argument("run", help="run_dir")
+    watch.add_argument("--every", type=float, default=2.0, metavar="SECONDS", help="between two looks; default 2")
+    watch.add_argument("--once", action="store_true", help="one picture")
+    runs = commands.add_parser("runs", help="one line for each run in a folder")
+    runs.add_argument("folder", nargs="?", default="runs", help="default: runs")
+    show = commands.add_parser("show", help="recorded responses, each token coloured by what the models share")
+    show.add_argument("run", help="run_dir")
+    show.add_argument("--step", type=_positive, help="default: the newest that is recorded")
+    show.add_argument("--response", type=_count, metavar="N", help="one of the step's, from 0; default: all")
+    show.add_argument("--by", choices=("overlap", "weight"), default="overlap", help="what the colour says")
+    init = commands.add_parser("init", help="write a config to begin with; asks for what flags leave out")
+    init.add_argument("--student", metavar="DIR", help="Hugging Face model that learns")
+    init.add_argument("--teacher", metavar="DIR", help="Hugging Face model that judges, of the same tokenizer")
+    init.add_argument("--prompts", metavar="FILE", help=".jsonl or .parquet, or reasoning_gym:NAME")
+    init.add_argument("--gpus", type=_count, help="of a node; 0: run on the CPU; default: those of this machine")
+    init.add_argument("--nodes", type=_positive, help="default: 1")
+    init.add_argument("--gpu-gib", type=_positive, help="memory of a GPU; default: 80")
+    init.add_argument("--preset", choices=("in_flight", "paper", "off"), help="prune.preset; default: in_flight")
+    init.add_argument("--run-dir", metavar="DIR", help="default: runs/first")
+    init.add_argument("--out", default="config.yaml", metavar="FILE", help="default: config.yaml")
+    init.add_argument("--force", action="store_true", help="replace the file")
+    slurm = commands.add_parser("slurm", help="job scripts and recipes to start from")
+    slurm.add_argument("action", choices=("write",), help="write: copy them into a folder")
+    slurm.add_argument("folder", metavar="DIR")
+    slurm.add_argument("--force", action="store_true", help="replace files that are there")
     return parser
+
+
+def _count(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
 
 
 def _positive(text: str) -> int:
@@ -63,39 +102,111 @@ def _positive(text: str) -> int:
 def main(arguments: list[str] | None = None) -> int:
     """Entry point of `megatron-opd`; returns the exit code."""
     parser = make_parser()
+    if "_ARGCOMPLETE" in os.environ:  # the shell asks what could follow
+        complete(parser)
     options, rest = parser.parse_known_args(arguments)
-    no_overrides = options.command in ("gate", "keys")
+    no_overrides = options.command not in dict(_COMMANDS)
     unknown = [x for x in rest if x.startswith("-") or "=" not in x or no_overrides]
     if unknown:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
     if os.getcwd() not in sys.path:  # MODULE:NAME may lie here; ranks find it, since they are started with -m
         sys.path.append(os.getcwd())
     try:
-        if options.command == "keys":
-            return keys(options)
-        if options.command == "gate":
-            return gate(options)
+        if options.command in _ALONE:
+            return _ALONE[options.command](options)
         return start(options, [*options.overrides, *rest], sys.argv[1:] if arguments is None else arguments)
     except OPDError as error:
         print(f"megatron-opd: {error}", file=sys.stderr)
         return error.exit_code
 
 
+def until_closed(print_all: Callable[[], None]) -> int:
+    """Runs it; `| head` may have seen enough before its end."""
+    try:
+        print_all()
+        sys.stdout.flush()
+    except BrokenPipeError:  # what is left must not be written at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
 def keys(options: argparse.Namespace) -> int:
     from megatron_opd.commands.keys import print_keys
 
-    try:
-        print_keys(options.words, options.markdown)
-        sys.stdout.flush()
-    except BrokenPipeError:  # `| head` has seen enough; what is left must not be written at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    return 0
+    return until_closed(lambda: print_keys(options.words, options.markdown))
+
+
+def watch(options: argparse.Namespace) -> int:
+    from megatron_opd.commands.watch import watch
+
+    return until_closed(lambda: watch(options.run, options.every, options.once))
+
+
+def runs(options: argparse.Namespace) -> int:
+    from megatron_opd.commands.runs import runs
+
+    return until_closed(lambda: runs(options.folder))
+
+
+def show(options: argparse.Namespace) -> int:
+    from megatron_opd.commands.show import show
+
+    return until_closed(lambda: show(options.run, options.step, options.response, options.by))
 
 
 def gate(options: argparse.Namespace) -> int:
     from megatron_opd.commands.gate import gate_run
 
     return 0 if gate_run(options.run, options.gate) else 1
+
+
+def report(options: argparse.Namespace) -> int:
+    from megatron_opd.commands.report import report as write
+
+    write(options.runs, options.out, options.tokens, not options.no_judge)
+    return 0
+
+
+def init(options: argparse.Namespace) -> int:
+    from megatron_opd.commands.init import from_terminal, init
+
+    names = ("student", "teacher", "prompts", "gpus", "nodes", "gpu_gib", "preset", "run_dir")
+    init({name: getattr(options, name) for name in names}, options.out, options.force, from_terminal())
+    return 0
+
+
+def slurm(options: argparse.Namespace) -> int:
+    from megatron_opd.commands.slurm_scripts import write_slurm
+
+    write_slurm(options.folder, options.force)
+    return 0
+
+
+def overrides(**_: object) -> list[str]:
+    """What could stand before the = of an override."""
+    from megatron_opd.config.keys import keys as config_keys
+
+    return [f"{key.path}=" for key in config_keys()]
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """For the shell: commands, flags, files, and config keys as overrides. Ends the process."""
+    import argcomplete
+
+    argcomplete.autocomplete(parser)
+
+
+# What needs no processes of its own
+_ALONE: dict[str, Callable[[argparse.Namespace], int]] = {
+    "keys": keys,
+    "gate": gate,
+    "report": report,
+    "watch": watch,
+    "runs": runs,
+    "show": show,
+    "init": init,
+    "slurm": slurm,
+}
 
 
 def start(options: argparse.Namespace, overrides: list[str], arguments: list[str]) -> int:

@@ -61,6 +61,13 @@ ENGINES = {
     "megatron": "megatron_opd.rollout.megatron.engine:megatron_engine",
     "vllm": "megatron_opd.rollout.vllm.factory:vllm_engine",
 }
+TRACKERS = {
+    "tensorboard": "megatron_opd.trackers.tensorboard:TensorBoard",
+    "wandb": "megatron_opd.trackers.wandb:WandB",
+    "mlflow": "megatron_opd.trackers.mlflow:MLflow",
+    "swanlab": "megatron_opd.trackers.swanlab:SwanLab",
+    "trackio": "megatron_opd.trackers.trackio:Trackio",
+}
 VERIFIERS = ("math", "reasoning_gym", "exact")  # evaluation/worker.py has them: its process imports nothing of ours
 
 

@@ -116,4 +116,5 @@ class ScoredBatch:
     response_tokens: int  # the loss's denominator: all response tokens of the global batch
     reverse_kl: list[Tensor] | None = None  # [T_i] float32, over the candidates, where no table of them is kept
     token_weight: list[Tensor] | None = None  # [T_i] float32, in prune_weight already; of prune.token_weighting
+    rewards: list[float | None] | None = None  # of the verifier, None where it has not looked
     advantage: list[Tensor] | None = None  # [T_i] float32 of the verifier's reward, 0 where the teacher judges

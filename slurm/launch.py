@@ -70,13 +70,21 @@ def launch(log_dir: Path, command: str, config: str, rest: list[str]) -> int:
     )
     return torchrun(
         [
-            f"--nnodes={nodes}", f"--nproc-per-node={processes}", "--max-restarts=0",
-            "--rdzv-backend=c10d", f"--rdzv-endpoint={first}:{os.environ.get('PORT', '29400')}",
+            f"--nnodes={nodes}",
+            f"--nproc-per-node={processes}",
+            "--max-restarts=0",
+            "--rdzv-backend=c10d",
+            f"--rdzv-endpoint={first}:{os.environ.get('PORT', '29400')}",
             f"--rdzv-id={os.environ.get('SLURM_JOB_ID', '0')}.{os.environ.get('SLURM_RESTART_COUNT', '0')}",
             f"--rdzv-conf=is_host={str(node == 0).lower()},join_timeout=300",
-            f"--log-dir={log_dir / 'ranks'}", "--tee=3",
+            f"--log-dir={log_dir / 'ranks'}",
+            "--tee=3",
             f"--shutdown-timeout={os.environ.get('EXIT_GRACE_S', '60')}",
-            "-m", "megatron_opd.cli", command, config, *rest,
+            "-m",
+            "megatron_opd.cli",
+            command,
+            config,
+            *rest,
         ]
     )
 

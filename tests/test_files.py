@@ -12,9 +12,9 @@ from megatron_opd.checkpoint import directory
 from megatron_opd.evaluation.responses import ResponseFile
 from megatron_opd.evaluation.run import _write_summary
 from megatron_opd.files import remove_tree, write_whole
+from megatron_opd.records.lines import METRICS, StepLines
 from megatron_opd.rollout.vllm.files import PREFIX, TransferFiles
 from megatron_opd.runtime.lock import NAME, RunLock
-from megatron_opd.training.metrics_log import FILE, MetricsLog
 
 
 @pytest.fixture
@@ -54,17 +54,17 @@ def test_a_link_is_replaced(tmp_path: Path, outside: Path, name: str, target: st
     assert untouched(outside)
 
 
-@pytest.mark.parametrize("name", [FILE, f".{FILE}.partial"])
+@pytest.mark.parametrize("name", [METRICS, f".{METRICS}.partial"])
 @pytest.mark.parametrize("target", ["precious", "new"])
 def test_metrics_do_not_go_through_a_link(tmp_path: Path, outside: Path, name: str, target: str) -> None:
     run = tmp_path / "run"
     run.mkdir()
     (run / name).symlink_to(outside / target)
-    log = MetricsLog(str(run), 2)
-    log.write({"step": 2, "loss": 1.0})
+    log = StepLines(run / METRICS, 2)
+    log.add({"step": 2, "loss": 1.0})
     log.close()
-    steps = [json.loads(line)["step"] for line in (run / FILE).read_text().splitlines()]
-    assert steps == ([1, 2] if (name, target) == (FILE, "precious") else [2])
+    steps = [json.loads(line)["step"] for line in (run / METRICS).read_text().splitlines()]
+    assert steps == ([1, 2] if (name, target) == (METRICS, "precious") else [2])
     assert untouched(outside)
 
 

@@ -23,10 +23,12 @@ FLOORS = (
     ("models", "weights"),
     ("rollout",),
     ("scoring",),
+    ("records", "trackers"),
     ("evaluation",),
     ("checkpoint",),
     ("runtime",),
     ("training",),
+    ("analysis", "report"),
     ("commands",),
     ("cli",),
 )

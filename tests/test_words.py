@@ -16,8 +16,10 @@ import pytest
 
 PACKAGE = Path(__file__).resolve().parents[1] / "megatron_opd"
 RECORD = Path(__file__).with_name("retired_words.json")
-# A packed row of a micro-batch; in data/ a table's, in weights/ and checkpoint/ a matrix's.
+# A packed row of a micro-batch; a table's in data/, trackers/, report/ and analysis.py; a matrix's in weights/ and
+# checkpoint/.
 ROWS = ("models", "parallel", "scoring", "training", "data", "weights", "checkpoint")
+ROWS += ("trackers", "report", "analysis.py")
 # Word -> where it still has its one meaning, and the word to use elsewhere.
 RETIRED = {
     "answer": (("config", "data", "evaluation", "types.py"), "response; an answer is a prompt's reference answer"),

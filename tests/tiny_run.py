@@ -2,7 +2,7 @@
 
 run = TinyRun(tmp_path)
 run.train("train.steps=4")            a real run through the launcher, 2 processes unless `nproc` says otherwise
-run.metrics()                         its metrics.jsonl, without the keys that are times
+run.metrics()                         its metrics.jsonl, without times and memory
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ class TinyRun:
         steps = [json.loads(line) for line in ((run_dir or self.run_dir) / "metrics.jsonl").read_text().splitlines()]
         unknown = {key for step in steps for key in step} - documented()
         assert not unknown, f"no page of docs/ says what these metrics are: {sorted(unknown)}"
-        return [{k: v for k, v in step.items() if not k.endswith("_s")} for step in steps]
+        return [{k: v for k, v in step.items() if not k.endswith(("_s", "_gib"))} for step in steps]
 
     def steps_logged(self) -> int:
         try:

@@ -11,8 +11,8 @@ from pathlib import Path
 
 from benchmark.common import print_table
 
+from megatron_opd.records.lines import read_steps
 from megatron_opd.training.clock import PHASE_KEYS
-from megatron_opd.training.metrics_log import read_steps
 
 LARGEST = sys.float_info.max  # what is larger is no number of a run
 

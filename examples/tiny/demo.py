@@ -6,13 +6,12 @@ Two pairs of student and teacher. On the drifting pair the student leaves the te
 plain distillation generates is wasted; on the close pair nearly everything is worth generating. The runs of a pair have
 the same seed, prompts and number of steps and take turns, a step of each, in the same two processes (`megatron-opd
 compare`), so that a machine whose speed drifts favours neither: the student with tensor and sequence parallelism, the
-teacher with pipeline parallelism. Prints one table and writes report.html with the curves.
+teacher with pipeline parallelism. Prints one table and writes report.html.
 """
 
 from __future__ import annotations
 
 import argparse
-import base64
 import io
 import json
 import shutil
@@ -22,7 +21,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from megatron_opd.training.metrics_log import read_steps
+from megatron_opd.commands.report import report
+from megatron_opd.records.lines import read_steps
 
 HERE = Path(__file__).resolve().parent
 PAIRS = ("drifting", "close")
@@ -156,20 +156,6 @@ def draw(results: list[Result]) -> bytes:
     return buffer.getvalue()
 
 
-def report(rows: list[list[str]], picture: bytes, path: Path, seconds: float) -> None:
-    cells = "".join("<tr>" + "".join(f"<td>{c}</td>" for c in row) + "</tr>" for row in rows)
-    head = "".join(f"<th>{name}</th>" for name in HEAD)
-    path.write_text(
-        "<!doctype html><meta charset=utf-8><title>megatron_opd demo</title>"
-        "<style>body{font:15px system-ui;margin:2em;max-width:1500px}table{border-collapse:collapse}"
-        "td,th{padding:.35em .8em;border-bottom:1px solid #ddd;text-align:right}"
-        "td:nth-child(-n+2),th:nth-child(-n+2){text-align:left}img{width:100%;margin-top:1.5em}</style>"
-        f"<h1>Plain on-policy distillation against Prune-OPD</h1><p>{time.strftime('%Y-%m-%d %H:%M')}, two CPU "
-        f"processes, {seconds:.0f} s in all. Written by examples/tiny/demo.py.</p><table><tr>{head}</tr>{cells}</table>"
-        f"<img src='data:image/png;base64,{base64.b64encode(picture).decode()}'>"
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path("runs/demo"))
@@ -184,12 +170,14 @@ def main() -> None:
     started = time.time()
     results = [result for pair in PAIRS for result in train(pair, presets, out, overrides)]
     rows = table(results)
-    picture = draw(results)
-    (out / "report.png").write_bytes(picture)
-    report(rows, picture, out / "report.html", time.time() - started)
+    (out / "report.png").write_bytes(draw(results))
     print()
     print_table(rows)
-    print(f"{time.time() - started:.0f} s in all; curves: {out / 'report.html'}")
+    page = out / "report.html"
+    report([str(out / r.pair / r.preset) for r in results], str(page))
+    print(
+        f"{time.time() - started:.0f} s in all; curves, and responses token by token: open {page.as_uri()} in a browser"
+    )
 
 
 if __name__ == "__main__":

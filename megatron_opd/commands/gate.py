@@ -15,7 +15,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from megatron_opd.config.loading import read_text
 from megatron_opd.config.reading import Reader
 from megatron_opd.errors import ConfigError, InputError
-from megatron_opd.training.metrics_log import FILE, read_steps
+from megatron_opd.records.lines import METRICS, read_steps
 
 
 class GateError(InputError):
@@ -129,7 +129,7 @@ def _number(value: Any) -> float | None:
 def gate_run(run_dir: str | Path, gate: str | Path) -> bool:
     """Prints every bound with the run's number; returns whether all hold. Raises GateError."""
     wanted = load_gate(gate)
-    path = Path(run_dir, FILE)
+    path = Path(run_dir, METRICS)
     try:
         steps = read_steps(path)
     except OSError as error:

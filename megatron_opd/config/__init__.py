@@ -12,7 +12,7 @@ from megatron_opd.config.models import ModelConfig, ParallelConfig, TeacherConfi
 from megatron_opd.config.prune import PRESETS, BudgetConfig, PruneConfig
 from megatron_opd.config.rollout import RolloutConfig, VllmConfig
 from megatron_opd.config.root import DEFAULT_TEACHER, Config
-from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrainConfig
+from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrackingConfig, TrainConfig
 from megatron_opd.errors import ConfigError
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "RolloutConfig",
     "ScoreConfig",
     "TeacherConfig",
+    "TrackingConfig",
     "TrainConfig",
     "VllmConfig",
     "all_keys",

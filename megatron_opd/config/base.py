@@ -19,7 +19,17 @@ from pydantic import (
     model_validator,
 )
 
-from megatron_opd.plugins import ENGINES, LOSSES, SIGNALS, TOKEN_WEIGHTINGS, VERIFIERS, check_name, find_part, is_own
+from megatron_opd.plugins import (
+    ENGINES,
+    LOSSES,
+    SIGNALS,
+    TOKEN_WEIGHTINGS,
+    TRACKERS,
+    VERIFIERS,
+    check_name,
+    find_part,
+    is_own,
+)
 
 LARGEST_COUNT = 2**31 - 1  # tokens, steps, megabytes: kernels and packed rows count in 32 bits
 LARGEST_SEED = 2**63 - 1  # what torch's generators take
@@ -144,8 +154,9 @@ if TYPE_CHECKING:
     LossName = str
     SignalName = str
     VerifierName = str
+    TrackerName = str
     WeightingName = str
 else:
     EngineName, LossName = _part_name(ENGINES), _part_name(LOSSES)
     SignalName, VerifierName = _part_name(SIGNALS), _part_name(VERIFIERS)
-    WeightingName = _part_name(TOKEN_WEIGHTINGS)
+    WeightingName, TrackerName = _part_name(TOKEN_WEIGHTINGS), _part_name(TRACKERS)

@@ -6,12 +6,12 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from megatron_opd.config.base import FilePath, Section
+from megatron_opd.config.base import FilePath, Section, TrackerName
 from megatron_opd.config.data import DataConfig, EvalConfig
 from megatron_opd.config.models import ModelConfig, NamedTeacherConfig, TeacherConfig
 from megatron_opd.config.prune import PruneConfig
 from megatron_opd.config.rollout import RolloutConfig
-from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrainConfig
+from megatron_opd.config.training import CheckpointConfig, LossConfig, ScoreConfig, TrackingConfig, TrainConfig
 from megatron_opd.plugins import LOSSES, Reads
 
 DEFAULT_TEACHER = "teacher"  # the name of `teacher` among the teachers
@@ -44,6 +44,10 @@ class Config(Section):
     """Evaluation."""
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
+    logging: list[TrackerName] = Field(default_factory=lambda: ["tensorboard"])
+    """Trackers that get the metrics beside metrics.jsonl: any of tensorboard, wandb, mlflow, swanlab, trackio."""
+    tracking: TrackingConfig = Field(default_factory=TrackingConfig)
+    """What the trackers of `logging` are told."""
 
     @property
     def loss_k(self) -> int:

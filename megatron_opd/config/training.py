@@ -157,6 +157,11 @@ class TrainConfig(Section):
     watchdog_s: float = Field(default=1800.0, ge=1.0, le=1e8)
     """A step that takes longer writes every rank's stack to its log and ends the job. Outside steps, in an evaluation
     say, it is how long a rank waits for another one in a collective."""
+    record_responses: Count = 4
+    """Responses of each step that are written down with the drift of every token, spread over the batch, for
+    `megatron-opd report` and `show`; 0 for none."""
+    record_mb: Positive = 64
+    """Bound on what these take, in MiB: where it is reached, only every second step's stay."""
 
     @model_validator(mode="after")
     def _check(self) -> TrainConfig:
@@ -165,6 +170,17 @@ class TrainConfig(Section):
         if self.warmup_steps >= self.steps and self.warmup_steps:
             raise ValueError(f"warmup_steps: {self.warmup_steps} must be below steps: {self.steps}")
         return self
+
+
+class TrackingConfig(Section):
+    project: str = Field(default="megatron_opd", min_length=1)
+    """The project, or experiment, that the run belongs to."""
+    name: str | None = None
+    """What the run is called there; null takes the last part of run_dir."""
+    responses: Count = 4
+    """Responses that each evaluation, and the step before it, shows as a table."""
+    checkpoints: bool = False
+    """Send checkpoints as artifacts (W&B, MLflow)."""
 
 
 class CheckpointConfig(Section):

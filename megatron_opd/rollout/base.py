@@ -101,6 +101,9 @@ class RolloutEngine(ABC):
     # Response tokens that the last `generate` sampled, over all replicas, the same on every rank: also those behind a
     # stop, and those that were sampled once more. None: the engine samples no more than it returns.
     tokens_sampled: int | None = None
+    # To be called while `generate` goes on, as often as is convenient, with what this process knows of: responses that
+    # have ended, all of them, tokens sampled so far. None: nobody looks.
+    on_progress: Callable[[int, int, int], None] | None = None
 
     @abstractmethod
     def generate(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 PHASES = ("rollout", "score", "cut", "train", "sync")
@@ -13,7 +13,9 @@ PHASE_KEYS = tuple(f"{phase}_s" for phase in PHASES)  # in metrics.jsonl
 class PhaseClock:
     """Seconds of each phase of a step; a phase inside another one is taken off the outer one."""
 
-    def __init__(self) -> None:
+    def __init__(self, begins: Callable[[str], None] | None = None) -> None:
+        """begins: hears of each phase that begins, but for those inside another one."""
+        self.begins = begins
         self.started = time.perf_counter()
         self.seconds: dict[str, float] = dict.fromkeys(PHASES, 0.0)
         self._stack: list[str] = []
@@ -23,6 +25,8 @@ class PhaseClock:
     def phase(self, name: str) -> Iterator[None]:
         self._book()
         self._stack.append(name)
+        if self.begins is not None and len(self._stack) == 1:
+            self.begins(name)
         try:
             yield
         finally:

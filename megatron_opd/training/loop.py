@@ -11,7 +11,7 @@ from megatron_opd.runtime.guard import Requeue
 from megatron_opd.scoring.prune_weights import assign_prune_weights
 from megatron_opd.scoring.stop_event import weigh_stops
 from megatron_opd.training.clock import PhaseClock
-from megatron_opd.training.metrics import batch_metrics
+from megatron_opd.training.metrics import batch_metrics, memory_gib
 from megatron_opd.training.metrics_log import add_warning
 from megatron_opd.training.run import Run
 
@@ -76,7 +76,7 @@ def evaluate_and_report(run: Run, metrics: dict[str, Any]) -> None:
 
 def step(run: Run) -> dict[str, Any]:
     """One optimizer step, from prompts to parameters that the engine has; returns its metrics."""
-    clock, rewards = PhaseClock(), {}
+    clock, rewards = PhaseClock(run.progress.phase if run.progress else None), {}
     requests = run.draw_requests()
     rollouts, scores = run.scoring.generate_and_score(requests, run.sampling(), clock)
     with clock.phase("cut"):
@@ -96,9 +96,10 @@ def step(run: Run) -> dict[str, Any]:
     with clock.phase("sync"):
         gaps = run.hand_over()
     numbers = batch_metrics(batch, run.scoring.engine.tokens_sampled)
-    metrics = {"step": run.step} | clock.metrics() | numbers | budget | gaps
+    metrics = {"step": run.step} | clock.metrics() | numbers | budget | gaps | {"memory_gib": memory_gib(run.device)}
     metrics |= rewards | run.carried(batch) | run.by_teacher(batch) | result.metrics()
     metrics |= run.watch(batch, metrics)
+    run.record(batch)
     if not result.applied:
         run.keep_bad_step(result.reason, batch)
     return metrics | run.totals.add(metrics, result.applied)

@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import psutil
 import torch
 
 from megatron_opd.losses import candidate_terms
@@ -41,6 +42,17 @@ def batch_metrics(batch: ScoredBatch, sampled: int | None = None) -> dict[str, A
     if taken := numbers.keys() & of_signal.keys():
         raise ValueError(f"the drift signal's columns need other names: {', '.join(taken)} is a metric already")
     return numbers | of_signal
+
+
+def memory_gib(device: torch.device) -> float:
+    """What this rank has needed since the last call: on a GPU the most that was allocated, on a CPU what the process
+    holds now."""
+    if device.type == "cuda":
+        used = torch.cuda.max_memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        used = psutil.Process().memory_info().rss
+    return round(used / 2**30, 3)
 
 
 def reverse_kl(batch: ScoredBatch) -> float:

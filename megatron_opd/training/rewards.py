@@ -76,6 +76,7 @@ class PastDriftRewards:
         rewards = [0.0] * len(batch.rollouts)
         for i, verdict in zip(sorted(members), verdicts, strict=True):
             rewards[i] = float(verdict.correct)
+        batch.rewards = [rewards[i] if i in members else None for i in range(len(rewards))]
         copies = self.config.train.responses_per_prompt
         add_rewards(batch, rewards, members, copies, self.config.prune.grpo_coefficient)
         metrics: dict[str, Any] = {

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
 
 from megatron_opd.checkpoint.checkpointer import Checkpointer
-from megatron_opd.config import Config, ConfigError, dump_config
+from megatron_opd.config import Config, ConfigError
 from megatron_opd.data.loader import PromptLoader
 from megatron_opd.data.prompts import PromptSet, load_prompts
 from megatron_opd.data.tokenizer import Tokenizer, check_model_vocabulary, compare_tokenizers, load_tokenizer
 from megatron_opd.errors import InputError, describe
 from megatron_opd.evaluation.run import EvalSet, evaluate, load_eval_sets
-from megatron_opd.files import write_whole
 from megatron_opd.parallel.collective import on_rank_0, together
 from megatron_opd.prune import ResponseBudget, StaircaseBudget
 from megatron_opd.prune.signals import make_signal
@@ -33,11 +31,12 @@ from megatron_opd.scoring.teachers import Teachers
 from megatron_opd.training.alarms import AlarmWatch
 from megatron_opd.training.bad_steps import dump_bad_step
 from megatron_opd.training.metrics import teacher_metrics
-from megatron_opd.training.metrics_log import MetricsLog, add_warning, was_reported
+from megatron_opd.training.metrics_log import add_warning, was_reported
 from megatron_opd.training.objective import build_loss
 from megatron_opd.training.probe import HandoverProbe
 from megatron_opd.training.progress import StepProgress
 from megatron_opd.training.rewards import PastDriftRewards
+from megatron_opd.training.run_files import RunFiles, check_trackers
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.step import TrainingStep
 from megatron_opd.training.stop import resolve_stop
@@ -88,6 +87,7 @@ class Run:
         build_loss(config)  # a name or an option that is wrong ends the run before models are loaded; the signal's, too
         make_signal(config.prune)
         check_engine(config)
+        check_trackers(config)
         self.token_weighting = make_token_weighting(config.prune.token_weighting, config.prune.token_weighting_options)
         self.tokenizer, notes = load_tokenizers(config)
         self.rewards: PastDriftRewards | None = None
@@ -110,6 +110,8 @@ class Run:
         student = self.trainer.student
         notes += check_vocabularies(self.trainer, self.tokenizer, config)
         self.engine: RolloutEngine = make_engine(config, student, set(self.tokenizer.eos_ids))
+        if self.progress is not None:
+            self.engine.on_progress = self.progress.responses
         self.carry: CarryOver | None = None
         if config.rollout.carry_over == "finished":
             self.carry = CarryOver(self.engine, config)
@@ -127,20 +129,20 @@ class Run:
             self.say(note)
         self._resume()
         first = self.step + (self.unreported is None)  # that is still to be reported
-        self.metrics: MetricsLog | None = None
+        self.files: RunFiles | None = None
         with together():
             if self.is_writer:
-                self.metrics = self._open_files(first)
+                self.files = self._open_files(first)
         self.probe = None
         if config.rollout.engine != "megatron":
             self.probe = HandoverProbe(config, self.trainer, self.engine)
         self.alarms.begin(self.hand_over())
 
-    def _open_files(self, first: int) -> MetricsLog:
-        """Writes the config down and opens the metrics, from step `first` on. Raises InputError."""
+    def _open_files(self, first: int) -> RunFiles:
+        """Opens what the run writes, metrics from step `first` on. Raises InputError."""
         try:
-            write_whole(Path(self.config.run_dir, "config.yaml"), [dump_config(self.config)])
-            return MetricsLog(self.config.run_dir, first)
+            world = dist.get_world_size()
+            return RunFiles(self.config, self.step, first, world, self.tokenizer, self.teachers)
         except OSError as error:
             raise InputError(f"run_dir: {self.config.run_dir} cannot be written to: {describe(error)}") from error
 
@@ -157,11 +159,16 @@ class Run:
         metrics["checkpoint_s"] = self.checkpoints.take_seconds()  # that training waited since the last report
         add_warning(metrics, self.checkpoints.warning)
         add_warning(metrics, self.carry.lengths.take_warning() if self.carry is not None else "")
-        if self.metrics is not None and self.progress is not None:
-            problem = self.metrics.write(metrics)
+        if self.files is not None and self.progress is not None:
+            problem = self.files.report(metrics)
             if problem:
                 self.say(f"WARNING: {problem}")
             self.progress.step(metrics)
+
+    def record(self, batch: ScoredBatch) -> None:
+        """Some of the step's responses, and where they drift, for people to look at."""
+        if self.files is not None:
+            self.files.record(self.step, batch, self.scoring.signal)
 
     def keep_bad_step(self, reason: str, batch: ScoredBatch) -> None:
         """Writes down a batch whose step was skipped, and says where."""
@@ -303,8 +310,8 @@ class Run:
         self.engine.close()
         if self.rewards is not None:
             self.rewards.close()
-        if self.metrics is not None:
-            self.metrics.close()
+        if self.files is not None:
+            self.files.close()
         if self.progress is not None:
             self.progress.close()
         self.guard.close()

@@ -197,7 +197,7 @@ def metrics(run_dir: Path) -> list[dict[str, Any]]:
     found = []
     for line in lines:
         with contextlib.suppress(ValueError):  # being written
-            found.append({k: v for k, v in json.loads(line).items() if not k.endswith("_s")})
+            found.append({k: v for k, v in json.loads(line).items() if not k.endswith(("_s", "_gib"))})
     return found
 
 

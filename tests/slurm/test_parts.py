@@ -16,9 +16,38 @@ sys.path.insert(0, str(REPOSITORY / "slurm"))
 from snapshot import redacted  # noqa: E402
 
 
-@pytest.mark.parametrize("name", ["WANDB_API_KEY", "HF_TOKEN", "db_password", "AWS_SECRET_ACCESS", "MY_CREDENTIALS"])
+SECRETS = """
+    WANDB_API_KEY HF_TOKEN HUGGING_FACE_HUB_TOKEN SWANLAB_API_KEY MLFLOW_TRACKING_PASSWORD MLFLOW_TRACKING_TOKEN
+    COMET_API_KEY OPENAI_API_KEY GITHUB_PAT GH_TOKEN AWS_ACCESS_KEY_ID AWS_SECRET_ACCESS_KEY AWS_SESSION_TOKEN
+    AZURE_CLIENT_SECRET KAGGLE_KEY GOOGLE_APPLICATION_CREDENTIALS MEGATRON_OPD_VLLM_API_KEY NGC_API_KEY
+    SLURM_JWT PGPASSWORD MYSQL_PWD REDIS_AUTH NETRC APIKEY DATABRICKS_TOKEN SENTRY_DSN db_password
+    MY_CREDENTIALS RSYNC_PASSWORD SSH_PASSPHRASE
+""".split()
+PLAIN = "PATH PWD OLDPWD HOME MONKEY KEYBOARD TOKENIZERS_PARALLELISM MAX_TOKENS MAX_PROMPT_TOKENS AUTHOR SLURM_JOB_ID".split()
+FORMS = """
+    sk-proj-abcdefghijklmnopqrstuv ghp_abcdefghijklmnopqrstuvwxyz012345 github_pat_11ABCDEFG0abcdefghijklm
+    AKIAIOSFODNN7EXAMPLE glpat-abcdefghijklmnopqrst xoxb-123456789012-abcdefghij
+    eyJhbGciOiJIUzI1NiJ9.eyJzdWIiOiIxIn0.abcDEF123_- nvapi-abcdefghijklm AIzaSyA-abcdefghijklmnopqrstuvwxyz12345
+    hf_abcdefghijklmnop
+""".split()
+
+
+@pytest.mark.parametrize("name", SECRETS)
 def test_secrets_by_name(name: str) -> None:
     assert redacted({name: "abc"}) == {name: "(redacted)"}
+
+
+@pytest.mark.parametrize("name", PLAIN)
+def test_what_is_no_secret_stays(name: str) -> None:
+    assert redacted({name: "/some/value"}) == {name: "/some/value"}
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_secrets_in_values(form: str) -> None:
+    assert redacted({"X": f"use {form}, please"}) == {"X": "use (redacted), please"}
+    assert redacted({"HEADER": "Authorization: Bearer abcdefghijklmnop"}) == {
+        "HEADER": "Authorization: Bearer (redacted)"
+    }
 
 
 def test_secrets_by_form() -> None:

@@ -5,7 +5,8 @@
     python tests/tools/identical_metrics.py against FILE CHECKOUT    compares a checkout with kept numbers
 
 The proof of a neutral change: exit code 0 where every number is the same, 1 where one differs or a run failed, 2 where
-nothing could be compared. Left out are times (keys that end in `_s`); keys that one side alone has are listed.
+nothing could be compared. Left out are times and memory (keys that end in `_s` and `_gib`); keys that one side alone
+has are listed.
 
 Both checkouts run with this interpreter and its packages; tests/tools/identical_runs.py has the runs. Kept numbers hold
 for one machine and one set of packages: another processor rounds differently.

@@ -386,4 +386,4 @@ def read_metrics(path: Path) -> Run:
     if not path.exists():
         return f"{path} was not written"
     lines = [json.loads(line) for line in path.read_text().splitlines()]
-    return [{key: value for key, value in line.items() if not key.endswith("_s")} for line in lines]
+    return [{key: value for key, value in line.items() if not key.endswith(("_s", "_gib"))} for line in lines]

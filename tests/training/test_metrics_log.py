@@ -8,7 +8,10 @@ import math
 import pytest
 import torch.utils.tensorboard
 
-from megatron_opd.training.metrics_log import MetricsLog, read_steps, was_reported
+from megatron_opd.records.lines import read_steps
+from megatron_opd.trackers.base import Guarded, TrackerSetup
+from megatron_opd.trackers.tensorboard import TensorBoard
+from megatron_opd.training.metrics_log import MetricsLog, was_reported
 
 TAILS = {
     "torn": b'{"step": 3, "lo',
@@ -81,14 +84,17 @@ class Broken:
 @pytest.mark.parametrize("when", ["made", "written", "closed"])
 def test_a_tensorboard_that_fails_is_said_once_and_ends_nothing(when, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(torch.utils.tensorboard, "SummaryWriter", Broken(when))
-    log = MetricsLog(str(tmp_path), 1)
+    setup = TrackerSetup(str(tmp_path), "project", "run", {}, 1)
+    board = Guarded("TensorBoard", lambda: TensorBoard(setup))
+    log = MetricsLog(str(tmp_path), 1, [board])
     for step in (1, 2, 3):
+        board.settle(60)  # its thread has seen what came before
         values = {"step": step, "loss": 0.5}
-        if step == 1:
+        if step == 2:
             values["warning"] = "SAVING FAILS"
         assert log.write(values) == ""
     log.close()
-    warnings = [line.get("warning") for line in strictly((tmp_path / "metrics.jsonl").read_text())]
-    assert warnings[1:] == [None, None] and warnings[0].startswith("SAVING FAILS")
-    assert ("TensorBoard" in warnings[0]) is (when != "closed")
+    warnings = [line.get("warning") or "" for line in strictly((tmp_path / "metrics.jsonl").read_text())]
+    assert warnings[1].startswith("SAVING FAILS") and not warnings[2]
+    assert ["TensorBoard" in text for text in warnings] == [when == "made", when == "written", False]
     assert ("No space left" in capsys.readouterr().out) is (when == "closed")

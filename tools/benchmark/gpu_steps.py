@@ -15,9 +15,9 @@ from benchmark.gpu_common import Bench, K, Report, write_model
 from benchmark.gpu_models import config_of, random_model
 from megatron_opd.commands.precision_shift import Changes, fp8_changes, measure
 from megatron_opd.config import Config, load_config
+from megatron_opd.records.lines import read_steps
 from megatron_opd.training import loop, setup
 from megatron_opd.training.clock import PHASE_KEYS
-from megatron_opd.training.metrics_log import read_steps
 from megatron_opd.training.run import Run, load_tokenizers
 from megatron_opd.training.setup import init_distributed
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmark.common import REPOSITORY, BenchmarkError, last_of_each, print_table, resolve_device, write_json
-from megatron_opd.training.metrics_log import read_steps
+from megatron_opd.records.lines import read_steps
 
 EXAMPLE = REPOSITORY / "examples" / "tiny"
 METHODS = {

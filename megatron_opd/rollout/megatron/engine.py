@@ -116,7 +116,7 @@ class _Batch:
 
     def __init__(self, engine: MegatronEngine, requests: list[Request], sampling: Sampling) -> None:
         self.model, self.eos = engine.model, engine.eos
-        self.requests, self.sampling = requests, sampling
+        self.requests, self.sampling, self.on_progress = requests, sampling, engine.on_progress
         self.forward = CachedForward(engine.model, max(1, min(engine.max_batch, len(requests))), engine.cache_gib)
         self.cache_gib = engine.cache_gib
         self.waiting = list(range(len(requests)))[::-1]
@@ -141,6 +141,9 @@ class _Batch:
                 if steps is not None:
                     steps -= 1
             self._admit()
+            if self.on_progress is not None:
+                unfinished = len(self.waiting) + len(self.lengths)
+                self.on_progress(len(self.requests) - unfinished, len(self.requests), self.sampled)
 
     def stop(self, local: set[int]) -> None:
         """Drops running responses, and waiting ones."""

@@ -240,6 +240,8 @@ class VllmColocateEngine(RolloutEngine):
                     return
             self._step(responses)
             steps += 1
+            if self.on_progress is not None:
+                self.on_progress(sum(r.end is not None for r in responses.values()), len(responses), self._sampled)
 
     def _watched(
         self, responses: dict[str, Response], by_index: dict[int, Request], watch: Watch, segment: int

@@ -253,8 +253,16 @@ class _Run:
 
     def finish(self) -> None:
         """Waits for all responses; raises the first error."""
-        wait(self.futures, return_when=FIRST_EXCEPTION)
+        left = set(self.futures)
+        while left and not any(future.done() and future.exception() for future in self.futures):
+            left = wait(left, timeout=1.0, return_when=FIRST_EXCEPTION).not_done
+            self._tell()
         self._raise_errors()
+
+    def _tell(self) -> None:
+        if self.engine.on_progress is not None:
+            ended = sum(response.end is not None for response in self.responses)
+            self.engine.on_progress(ended, len(self.responses), self.sampled)
 
     def next_segments(self, segment: int) -> list[Segment]:
         """Waits for new segments; an empty list once the watcher has seen all."""
@@ -264,6 +272,7 @@ class _Run:
                 if segments or all(response.seen_end for response in self.responses):
                     return segments
             self._raise_errors()
+            self._tell()
             self.closed.wait(POLL_S)
 
     def stop(self, indices: Iterable[int]) -> None:

@@ -1,0 +1,1 @@
+"""Experiment trackers that a run's numbers go to, one module each; `logging` names them."""
