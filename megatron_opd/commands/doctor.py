@@ -16,6 +16,7 @@ import psutil
 import torch
 import torch.distributed as dist
 from rich.console import Console
+from transformers.utils.logging import disable_progress_bar
 
 from megatron_opd.config import Config, ModelConfig
 from megatron_opd.data.prompts import load_eval_prompts, load_prompts
@@ -73,6 +74,7 @@ class Doctor:
 
 def diagnose(config: Config) -> int:
     """All checks; returns the number of failures. Collective: run it on as many processes as the training."""
+    disable_progress_bar()  # transformers' own, between the checks' lines
     doctor = Doctor(config)
     device: list[torch.device] = []
     doctor.check("packages", lambda: packages(config))

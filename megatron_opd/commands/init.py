@@ -106,7 +106,8 @@ def _choices(given: dict[str, Any], ask: Callable[[str], str] | None) -> Choices
                 values[name] = int(said)
             else:
                 values[name] = said
-    values.setdefault("gpus", _count_gpus())
+    if "gpus" not in values:
+        values["gpus"] = _count_gpus()
     return Choices(**values)
 
 

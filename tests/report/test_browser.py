@@ -47,6 +47,7 @@ def opened(browser: Any, tmp_path_factory: pytest.TempPathFactory) -> Any:
     assert main(["report", *map(str, runs), "--out", str(out)]) == 0
     assert out.stat().st_size < 10 * 2**20
     browser.get(f"file://{out}")
+    assert browser.execute_script("return document.body.dataset.opened") == "yes"  # before plotly is read
     wait(browser, lambda: browser.execute_script("return document.body.dataset.ready") == "yes")
     return browser
 

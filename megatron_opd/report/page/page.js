@@ -11,12 +11,11 @@
     ...run.starts.slice(1).map(s => [run.name, s.step, "restart", `${s.time}${s.job ? ", job " + s.job : ""}`]),
     ...run.events.map(e => [run.name, e.step, e.kind, e.text])]);
   if (said.length) put("marks", element("h3", "Alarms, restarts and faults"), table(["run", "step", "what", ""], said.slice(0, 200)));
-  drawCurves(runs);
   const select = document.getElementById("drift-run");
   runs.forEach((run, i) => { const o = element("option", run.name); o.value = i; select.append(o); });
   const drift = () => {
     const run = runs[Number(select.value)];
-    drawHeatmaps(run);
+    if (window.Plotly) drawHeatmaps(run);
     document.getElementById("groups").replaceChildren(...(run.groups.length ? [element("h3", "Recorded responses by source and teacher"), table(["source", "teacher", "responses", "length", "effective", "events", "overlap", "ended by itself", "cut", "stopped at drift"],
       run.groups.map(g => [g.source || "\u2013", g.teacher, g.responses, g.length, g.effective, g.events, g.overlap, g.ended.eos, g.ended.length, g.ended.drift]))] : []));
   };
@@ -38,5 +37,14 @@
   ]));
   browse(runs);
   put("settings-table", table(["key", "value"], Object.entries(data.settings.same)));
-  document.body.dataset.ready = "yes";
+  document.body.dataset.opened = "yes";
+  // plotly takes a second to be read: what needs none of it is there before
+  requestAnimationFrame(() => setTimeout(() => {
+    const script = element("script");
+    script.textContent = document.getElementById("plotly").textContent;
+    document.head.append(script);
+    drawCurves(runs);
+    drawHeatmaps(runs[Number(select.value)]);
+    document.body.dataset.ready = "yes";
+  }));
 })();
