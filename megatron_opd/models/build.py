@@ -23,6 +23,7 @@ from megatron_opd.weights.families import own_family
 from megatron_opd.weights.loading import load_parameters
 from megatron_opd.weights.parameters import WHOLE, local_parameters
 
+SHARD_MULTIPLE = 64  # ids of a shard of the vocabulary: kernels read 16 bytes at once, and spill at odd widths
 _SIZES = ("num_attention_heads", "num_hidden_layers", "intermediate_size")
 _OPTIONAL_SIZES = (
     *("hidden_size", "vocab_size", "num_key_value_heads", "head_dim", "max_position_embeddings"),
@@ -116,7 +117,8 @@ def build_model(name: str, model: ModelConfig, layout: Layout, device: torch.dev
     config = bridge.config
     vocab_size = bridge.vocab_size
     arguments = bridge.gpt_arguments
-    padded = -(-vocab_size // parallel.tensor) * parallel.tensor
+    multiple = SHARD_MULTIPLE * parallel.tensor
+    padded = -(-vocab_size // multiple) * multiple
 
     chunks = []
     stages, stage = groups.pp.size(), groups.pp.rank()

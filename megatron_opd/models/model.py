@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from megatron.core.process_groups_config import ProcessGroupCollection
@@ -38,17 +38,18 @@ class Model:
     offload: bool = False  # parameters live in host memory outside `resident`
     cache_gib: float | None = None  # a teacher's: most that the keys and values of running responses take on a rank
     _moved_s: float = 0.0
+    _host: list[torch.Tensor] = field(default_factory=list)  # with `offload`: pinned copies of what is on the device
 
     @contextmanager
     def resident(self) -> Iterator[None]:
         """The parameters are on the device inside; with `teacher.offload` they go back to host memory afterwards."""
         if self.offload:
-            self.move(self.device)
+            self._enter_device()
         try:
             yield
         finally:
             if self.offload:
-                self.move(torch.device("cpu"))
+                self.leave_device()
                 drop_fp8_copies(self.chunks)
                 torch.cuda.empty_cache()
 
@@ -62,10 +63,24 @@ class Model:
         """The process groups of its layout."""
         return self.layout.groups
 
-    def move(self, device: torch.device) -> None:
+    def leave_device(self) -> None:
+        """Parameters and buffers lie in pinned host memory afterwards. The teacher's never change, so that only the
+        first time copies them: later, what is on the device is let go."""
         start = time.monotonic()
-        for chunk in self.chunks:
-            chunk.to(device)
+        tensors = [t for chunk in self.chunks for t in (*chunk.parameters(), *chunk.buffers())]
+        if not self._host:
+            self._host = [torch.empty(t.shape, dtype=t.dtype, pin_memory=t.is_cuda).copy_(t.data) for t in tensors]
+        for tensor, host in zip(tensors, self._host, strict=True):
+            tensor.data = host
+        self._moved_s += time.monotonic() - start
+
+    def _enter_device(self) -> None:
+        start = time.monotonic()
+        tensors = [t for chunk in self.chunks for t in (*chunk.parameters(), *chunk.buffers())]
+        for tensor, host in zip(tensors, self._host, strict=True):
+            tensor.data = host.to(self.device, non_blocking=True)  # the host waits for none of the copies
+        if self.device.type == "cuda":
+            torch.cuda.current_stream().synchronize()  # for the time that it took, once a step
         self._moved_s += time.monotonic() - start
 
     def take_moved_seconds(self) -> float:

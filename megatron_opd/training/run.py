@@ -339,6 +339,7 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
     least = min(teacher.vocab_size for teacher in teachers.values())
     if (reference := trainer.reference) is not None and config.loss.reference:
         check_model_vocabulary(tokenizer, reference.vocab_size, config.loss.reference)
+    notes = recompute_notes(trainer, config)
     if reference is not None:
         reference.vocab_size = min(m.vocab_size for m in (student, *teachers.values(), reference))
     shared = min(student.vocab_size, least)
@@ -347,7 +348,7 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
             f"prune.k: {config.prune.k}, loss.k: {config.loss.k}: the models share {shared} ids; set {shared} or less"
         )
     if all(student.vocab_size == teacher.vocab_size for teacher in teachers.values()):
-        return []
+        return notes
     sizes = f"student.model embeds {student.vocab_size} ids, " + ", ".join(
         f"{teacher.name}.model {teacher.vocab_size}" for teacher in teachers.values()
     )
@@ -357,7 +358,17 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
         raise ConfigError(f"{sizes}: vLLM would sample ids that the teacher lacks; set rollout.engine: megatron")
     for model in (student, *teachers.values()):
         model.vocab_size = shared
-    return [f"{sizes}; the tokenizer has {tokenizer.vocab_size}, and ids from {student.vocab_size} on are padding"]
+    return [*notes, f"{sizes}; the tokenizer has {tokenizer.vocab_size}, and ids from {student.vocab_size} on are padding"]
+
+
+def recompute_notes(trainer: Trainer, config: Config) -> list[str]:
+    """Where recomputing saves nothing."""
+    if config.student.recompute == "selective" and trainer.student.transformer_engine:
+        return [
+            "WARNING: student.recompute: selective repeats attention alone, and Transformer Engine's fused attention "
+            "keeps next to nothing of it: set none, or full where memory is short"
+        ]
+    return []
 
 
 def check_sources(config: Config, prompts: PromptSet) -> None:

@@ -108,7 +108,7 @@ def build_teacher(key: str, settings: TeacherConfig, layout: Layout, device: tor
     teacher.cache_gib = settings.cache_gib
     if settings.offload:
         teacher.offload = True
-        teacher.move(torch.device("cpu"))
+        teacher.leave_device()
     return teacher
 
 
@@ -125,7 +125,7 @@ def build_reference(config: Config, layouts: tuple[Layout, Layout], device: torc
         chunk.requires_grad_(False)
     if config.teacher.offload:
         reference.offload = True
-        reference.move(torch.device("cpu"))
+        reference.leave_device()
     return reference
 
 
