@@ -78,7 +78,7 @@ docs: $(VENV)/.docs ## the documentation as a site in build/docs; a broken link 
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
 	@echo "build/docs/index.html"
 
-demo: install ## the embedded example end to end: table and report.html
+demo: install ## the embedded example end to end: table and report.html of five runs
 	$(BIN)/python examples/tiny/demo.py
 
 test: install-test lint ## the test suite, under 25 minutes on two cores; PYTHON=... for another version of Python

@@ -358,7 +358,10 @@ def check_vocabularies(trainer: Trainer, tokenizer: Tokenizer, config: Config) -
         raise ConfigError(f"{sizes}: vLLM would sample ids that the teacher lacks; set rollout.engine: megatron")
     for model in (student, *teachers.values()):
         model.vocab_size = shared
-    return [*notes, f"{sizes}; the tokenizer has {tokenizer.vocab_size}, and ids from {student.vocab_size} on are padding"]
+    return [
+        *notes,
+        f"{sizes}; the tokenizer has {tokenizer.vocab_size}, and ids from {student.vocab_size} on are padding",
+    ]
 
 
 def recompute_notes(trainer: Trainer, config: Config) -> list[str]:
