@@ -86,8 +86,8 @@ class ResponseRecorder:
         whole = {"step": step, "tokens": {i: self.texts[i] for i in sorted(ids)}, "responses": responses}
         self.folder.mkdir(exist_ok=True)
         path, scratch = self.folder / f"step_{step:06d}.json.gz", self.folder / ".partial"
-        data = json.dumps(strict(whole), separators=(",", ":")).encode("utf-8", "backslashreplace")
-        new_file(scratch).write_bytes(gzip.compress(data, 6, mtime=0))
+        data = json.dumps(whole, separators=(",", ":"), allow_nan=False).encode()
+        new_file(scratch).write_bytes(gzip.compress(data, 1, mtime=0))
         os.replace(scratch, path)
         self._thin()
 
@@ -101,7 +101,7 @@ class ResponseRecorder:
             "prompt": r.prompt.text,
             "answer": r.prompt.answer,
             "source": r.prompt.source,
-            "metadata": r.prompt.metadata,
+            "metadata": strict(r.prompt.metadata),
             "teacher": self.teachers.name_of(r.prompt),
             "uid": r.prompt.uid,
             "index": r.index,
@@ -142,5 +142,6 @@ class ResponseRecorder:
 
 
 def rounded(values: torch.Tensor) -> list[Any]:
-    """As a list of three decimals, which is what a person reads."""
-    return (values.double() * 1000).round().div(1000).tolist()
+    """As a list of three decimals, which is what a person reads; None for what is not finite."""
+    numbers = (values.double() * 1000).round().div(1000)
+    return numbers.tolist() if bool(numbers.isfinite().all()) else strict(numbers.tolist())

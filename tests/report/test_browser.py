@@ -92,9 +92,11 @@ def test_curves_can_be_over_tokens_and_seconds(opened: Any) -> None:
     last = "return document.querySelector('#charts .chart').data[0].x.at(-1)"
     opened.execute_script("document.querySelector('#charts .chart').scrollIntoView()")
     wait(opened, lambda: find(opened, "#charts .chart svg.main-svg"))
-    for axis, value in (("step", 200), ("tokens", 800_000), ("seconds", 1980)):
+    restart = "return document.querySelector('#charts .chart').layout.shapes[0].x0"
+    for axis, value, start in (("step", 200, 65.5), ("tokens", 800_000, 65 * 4000), ("seconds", 1980, 65 * 9.9)):
         choose(opened, "#axis", axis)
         wait(opened, lambda value=value: round(opened.execute_script(last)) == value)
+        assert opened.execute_script(restart) == pytest.approx(start)
     choose(opened, "#axis", "step")
 
 

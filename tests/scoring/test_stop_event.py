@@ -193,9 +193,11 @@ def pair(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for kind, lr in kinds
         for stop in ("token", "auto")
     ]
-    cases += [Case(name, ("train.steps=2", "loss.stop=event", *own)) for name, own in WAYS.items()]
-    for outcomes in run_distributed(2, run_cases, run.folder, cases):
-        assert [o.error for o in outcomes] == [""] * len(cases)
+    ways = [Case(name, ("train.steps=2", "loss.stop=event", *own)) for name, own in WAYS.items()]
+    whole = [replace(case, overrides=(*case.overrides, "student.parallel={}", "teacher.parallel={}")) for case in cases]
+    for world, group in ((1, whole), (2, ways)):  # the long runs where nothing is sent
+        for outcomes in run_distributed(world, run_cases, run.folder, group):
+            assert [o.error for o in outcomes] == [""] * len(group)
     return run.folder
 
 

@@ -156,11 +156,10 @@ def test_full_disk(cluster: Cluster, tiny: Tiny, run_dir: Path) -> None:
         job = cluster.submit(run_dir, tiny.config, ALL, "checkpoint.max_failures=100")
         job.wait_for_step(EVERY)
         job.wait_for_text(f"checkpoint of step {EVERY} saved")
-        with ballast.open("wb") as file:
+        with ballast.open("wb", buffering=0) as file:  # a buffer would be written at the end, and fail once more
             while True:
                 try:
                     file.write(bytes(1 << 16))
-                    file.flush()
                 except OSError:
                     break
         job.wait_for_text("WARNING: the checkpoint of step 4 failed")

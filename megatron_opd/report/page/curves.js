@@ -58,10 +58,13 @@ const CONFIG = {displaylogo: false, responsive: true, modeBarButtonsToRemove: ["
 const plain = text => visible(text).replace(/&/g, "&amp;").replace(/</g, "&lt;").replace(/>/g, "&gt;"); // plotly reads tags
 
 function marks(runs, kind) {
-  // restarts as dotted lines, over steps alone
-  if (kind !== "step") return [];
+  // restarts as dotted lines, before the first step that the new start has run
+  const at = (run, step) => {
+    const index = (run.series.step || []).findIndex(s => s >= step), xs = axis(run, kind);
+    return index < 0 ? xs.at(-1) : kind === "step" ? step - 0.5 : index ? xs[index - 1] : 0;
+  };
   return runs.flatMap((run, i) => run.starts.slice(1).map(start => ({
-    type: "line", x0: start.step - 0.5, x1: start.step - 0.5, yref: "paper", y0: 0, y1: 1, line: {color: COLOURS[i % COLOURS.length], width: 1, dash: "dot"},
+    type: "line", x0: at(run, start.step), x1: at(run, start.step), yref: "paper", y0: 0, y1: 1, line: {color: COLOURS[i % COLOURS.length], width: 1, dash: "dot"},
   })));
 }
 
