@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -154,9 +155,14 @@ def test_the_shell_completes_commands_flags_and_keys(tmp_path: Path) -> None:
 
 
 def test_a_wheel_brings_what_the_commands_need(tmp_path: Path) -> None:
-    """Installed apart, and run outside the repository."""
+    """Built from a copy, installed apart, and run outside the repository."""
+    source = tmp_path / "source"
+    for name in ("megatron_opd", "slurm", "examples/qwen3"):
+        shutil.copytree(REPOSITORY / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("setup.py", "README.md", "pyproject.toml"):
+        shutil.copy(REPOSITORY / name, source / name)
     done = subprocess.run(
-        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(REPOSITORY)],
+        [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "-w", str(tmp_path), str(source)],
         capture_output=True,
         text=True,
         timeout=900,
