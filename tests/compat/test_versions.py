@@ -130,8 +130,8 @@ def test_the_lock_files_are_within_the_table() -> None:
         assert set(NEEDED) <= set(versions), name
         for package in set(versions) & set(SUPPORTED):
             assert within(versions[package], supported(package, versions.get)), (name, package, versions[package])
-        if name.startswith("cpu-py311"):
-            assert not [package for package in versions if package.startswith("nvidia-")], "no CUDA for a CPU"
+        if name.startswith("cpu-py311"):  # nvidia-ml-py asks the driver, for W&B and others; it has no CUDA
+            assert not [package for package in versions if package.startswith("nvidia-") and package != "nvidia-ml-py"]
 
 
 def fake_package(site: Path, name: str, version: str, **files: str) -> None:
