@@ -13,13 +13,12 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 REPO = Path(__file__).resolve().parent.parent
-# Whole words of a name, so that TOKENIZERS_PARALLELISM is none; PGPASSWORD and MYSQL_PWD are, PWD is not.
+# Whole words of a name, so that TOKENIZERS_PARALLELISM is none; PGPASSWORD and MYSQL_PWD are, PWD and OLDPWD are not.
 SECRET_NAME = re.compile(
     r"(?:^|[^a-z])(?:(?:api|access)?keys?|tokens?|secrets?|pass|credentials?|auth|cookies?|session|pat|jwt|dsn|netrc)"
-    r"(?:$|[^a-z])|pass(?:word|wd|phrase)|.pwd$",
+    r"(?:$|[^a-z])|pass(?:word|wd|phrase)|_pwd$",
     re.IGNORECASE,
 )
-NO_SECRET = re.compile(r"^(?:OLDPWD|MAX_\w*TOKENS)$")
 SECRET_VALUE = re.compile(
     r"(?<=://)[^/@\s]+@"  # user and password of an address
     r"|\b(?:sk|hf|gh[a-z]|github_pat|glpat|xox[a-z]|nvapi)[-_][A-Za-z0-9_-]{8,}|\bAKIA[A-Z0-9]{12,}|\bAIza[A-Za-z0-9_-]{20,}"
@@ -49,13 +48,9 @@ def save_snapshot(directory: Path, config: str, command: list[str]) -> None:
 def redacted(environment: Mapping[str, str]) -> dict[str, str]:
     """The environment without values that look like secrets, by their name or by their form."""
     return {
-        name: "(redacted)" if _is_secret(name) else SECRET_VALUE.sub("(redacted)", value).replace("\n", "\\n")
+        name: "(redacted)" if SECRET_NAME.search(name) else SECRET_VALUE.sub("(redacted)", value).replace("\n", "\\n")
         for name, value in environment.items()
     }
-
-
-def _is_secret(name: str) -> bool:
-    return bool(SECRET_NAME.search(name)) and not NO_SECRET.search(name)
 
 
 def packages() -> str:

@@ -13,8 +13,9 @@ from megatron_opd.evaluation.responses import ResponseFile
 from megatron_opd.evaluation.run import _write_summary
 from megatron_opd.files import remove_tree, write_whole
 from megatron_opd.records.lines import METRICS, StepLines
+from megatron_opd.records.reading import LOCK
 from megatron_opd.rollout.vllm.files import PREFIX, TransferFiles
-from megatron_opd.runtime.lock import NAME, RunLock
+from megatron_opd.runtime.lock import RunLock
 
 
 @pytest.fixture
@@ -118,14 +119,14 @@ def test_a_state_that_is_not_the_saved_one_is_damage(tmp_path: Path) -> None:
 
 
 def test_a_lock_that_points_to_nothing_is_an_error_and_not_a_wait(tmp_path: Path) -> None:
-    (tmp_path / NAME).symlink_to(tmp_path / "nothing")
+    (tmp_path / LOCK).symlink_to(tmp_path / "nothing")
     with pytest.raises(OSError, match="a link to nothing"):
         RunLock(tmp_path)
 
 
 @pytest.mark.parametrize("text", ["[]", "7", '{"boot": 1}', "[" * 100_000])
 def test_a_lock_that_says_nothing_is_somebodys(tmp_path: Path, text: str) -> None:
-    (tmp_path / NAME).write_text(text)
+    (tmp_path / LOCK).write_text(text)
     with pytest.raises(Exception, match="running"):
         RunLock(tmp_path)
 

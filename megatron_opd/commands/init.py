@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import datetime
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -11,17 +10,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
 
 from megatron_opd.config import load_config
+from megatron_opd.data.sources import RowReader, read_rows
+from megatron_opd.data.tokenizer import compare_tokenizers, load_tokenizer
 from megatron_opd.errors import InputError, describe
 from megatron_opd.files import write_whole
+from megatron_opd.rollout.limits import positions_of
+from megatron_opd.weights.bridge import read_hf_config
 
 GIB = 2**30
-FAMILIES = ("llama", "qwen2", "qwen3", "qwen3_moe")  # weights/families.py, which imports what this need not
-PROMPTS = ("prompt", "question", "problem", "query", "messages")
-REFERENCES = ("answer", "solution", "expected_answer", "label", "ground_truth")
-SOURCES = ("source", "data_source", "dataset", "domain")
 # Of a GPU's memory: for the student's training, for the teacher, for the engine. Activations have the rest.
 STUDENT_SHARE, TEACHER_SHARE, ENGINE_SHARE = 0.40, 0.15, 0.3
 
@@ -49,8 +49,6 @@ class ModelFacts:
     heads: int
     groups: int
     positions: int
-    experts: int
-    chats: bool  # it has a chat template
 
     @property
     def size(self) -> str:
@@ -112,8 +110,6 @@ def _choices(given: dict[str, Any], ask: Callable[[str], str] | None) -> Choices
 
 
 def _count_gpus() -> int:
-    import torch
-
     return torch.cuda.device_count()
 
 
@@ -121,54 +117,17 @@ def model_facts(key: str, folder: str) -> ModelFacts:
     """Read from config.json and the sizes of the files. Raises InputError."""
     root = Path(os.path.expanduser(folder)).absolute()
     try:
-        config = json.loads((root / "config.json").read_text(encoding="utf-8"))
-        kind, heads = config["model_type"], int(config["num_attention_heads"])
-        groups, positions = int(config.get("num_key_value_heads") or heads), int(config["max_position_embeddings"])
-    except OSError as error:
-        raise InputError(f"{key}: {folder}: no Hugging Face model: config.json: {describe(error)}") from error
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{key}: {folder}: config.json is no model's: {type(error).__name__}: {error}") from error
-    if kind not in FAMILIES:
-        raise InputError(
-            f"{key}: {folder}: model_type {kind!r}: supported are {', '.join(FAMILIES)}; others as student.family"
-        )
+        config = read_hf_config(root)
+    except InputError as error:
+        raise InputError(f"{key}: {error}") from error
     files = list(root.glob("*.safetensors")) or list(root.glob("pytorch_model*.bin"))
     if not files:
         raise InputError(f"{key}: {folder}: has no *.safetensors with parameters")
-    bits = 32 if "32" in str(config.get("torch_dtype") or config.get("dtype")) else 16
+    bits = 32 if config.dtype == torch.float32 else 16
     parameters = sum(file.stat().st_size for file in files) * 8 / bits
     return ModelFacts(
-        str(root), parameters, heads, groups, positions, int(config.get("num_experts") or 0), _chats(root)
+        str(root), parameters, config.num_attention_heads, config.num_key_value_heads, positions_of(config)
     )
-
-
-def _chats(root: Path) -> bool:
-    if (root / "chat_template.jinja").is_file():
-        return True
-    try:
-        return '"chat_template"' in (root / "tokenizer_config.json").read_text(encoding="utf-8")
-    except (OSError, ValueError):
-        return False
-
-
-def first_prompt(prompts: str) -> dict[str, Any]:
-    """The first prompt's columns. Raises InputError where the file has none."""
-    path = Path(os.path.expanduser(prompts))
-    try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet
-
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(1)
-            return next(iter(batches)).to_pylist()[0]
-        with path.open(encoding="utf-8") as file:
-            first = json.loads(next(line for line in file if line.strip()))
-    except StopIteration:
-        raise InputError(f"prompts: {prompts}: is empty") from None
-    except (OSError, ValueError) as error:
-        raise InputError(f"prompts: {prompts}: cannot be read: {error}") from error
-    if not isinstance(first, dict):
-        raise InputError(f"prompts: {prompts}: its first line is no object with a prompt")
-    return first
 
 
 def split(share: float, model: ModelFacts, bytes_each: Callable[[int], float], choices: Choices) -> int:
@@ -182,6 +141,8 @@ def split(share: float, model: ModelFacts, bytes_each: Callable[[int], float], c
 def config_text(choices: Choices) -> str:
     """The config as YAML with comments. Raises InputError."""
     student, teacher = model_facts("student", choices.student), model_facts("teacher", choices.teacher)
+    tokenizer = load_tokenizer(student.folder)
+    compare_tokenizers(tokenizer, load_tokenizer(teacher.folder))
     lines = [f"# Made by megatron-opd init, {datetime.date.today()}. `megatron-opd keys WORD` explains any key."]
     lines.append(f"run_dir: {_text(os.path.abspath(choices.run_dir))}")
     if choices.gpus:
@@ -216,7 +177,7 @@ def config_text(choices: Choices) -> str:
         lines.append(f"  budget: {budget}  # the models have {longest} positions")
     lines += ["train:", "  steps: 203", f"  prompts_per_step: {64 if choices.gpus else 8}", "  responses_per_prompt: 4"]
     lines += ["  lr: 1.0e-6", "  warmup_steps: 5", f"  distributed_optimizer: {str(bool(choices.gpus)).lower()}"]
-    lines += ["data:", *_data(choices.prompts, student, prompt_tokens)]
+    lines += ["data:", *_data(choices.prompts, tokenizer.chat_template is not None, prompt_tokens)]
     lines += [
         "eval:",
         "  every: 0  # give eval.sets and how often: docs/reference/config.md",
@@ -236,20 +197,20 @@ def _model(key: str, model: ModelFacts, tensor: int, why: str) -> list[str]:
     return lines
 
 
-def _data(prompts: str, student: ModelFacts, prompt_tokens: int) -> list[str]:
+def _data(prompts: str, chats: bool, prompt_tokens: int) -> list[str]:
     named = ":" in prompts  # reasoning_gym:NAME, or one's own
-    lines = [f"  prompts: {_text(prompts if named else os.path.abspath(os.path.expanduser(prompts)))}"]
+    path = prompts if named else os.path.abspath(os.path.expanduser(prompts))
+    lines = [f"  prompts: {_text(path)}"]
     if not named:
-        columns = first_prompt(prompts)
-        for key, known in (("prompt", PROMPTS), ("answer", REFERENCES), ("source", SOURCES)):
-            column = next((name for name in known if name in columns), None)
-            if column is None and key == "prompt":
-                raise InputError(
-                    f"prompts: {prompts}: no column {', '.join(PROMPTS)}; it has {', '.join(map(str, columns))}"
-                )
-            if column is not None and column != key:
-                lines.append(f"  {key}_key: {column}")
-    if not student.chats:
+        reader = RowReader("prompt", "answer", "source", need_answer=None)
+        first = next(read_rows(path), None)
+        if first is None:
+            raise InputError(f"prompts: {prompts}: is empty")
+        for role, read in (("prompt", reader.prompt), ("answer", reader.answer), ("source", reader.source)):
+            read(first)
+            if reader.column(role) != role:
+                lines.append(f"  {role}_key: {reader.column(role)}")
+    if not chats:
         lines.append("  template: none  # the student has no chat template")
     lines.append(f"  max_prompt_tokens: {prompt_tokens}  # longer prompts are left out and counted")
     return lines

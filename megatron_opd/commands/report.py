@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from megatron_opd.commands.terminal import visible
 from megatron_opd.evaluation.verifiers import Case, VerifierError, VerifierPool, opened_thinking
 from megatron_opd.plugins import VERIFIERS
 from megatron_opd.records.run_folder import RunFolder
@@ -40,14 +41,18 @@ def _judge(run: RunFolder, responses: list[dict[str, Any]]) -> None:
     data = run.config.get("data")
     name = data.get("verifier", "math") if isinstance(data, dict) else "math"
     judged = [r for r in responses if r.get("answer") and r.get("reward") is None]
-    if name not in VERIFIERS or not judged:
+    if not judged:
+        return
+    if name not in VERIFIERS:
+        print(f"{run.name}: responses are not judged: data.verifier: {visible(name)} is the run's own")
         return
     cases = [_case(r) for r in judged]
     with VerifierPool(name, 10.0, 2) as pool:
         try:
             verdicts = pool.score(cases)
-        except VerifierError:
-            return  # reasoning-gym or math-verify is not installed here: the responses are not judged
+        except VerifierError as error:  # math-verify or reasoning-gym cannot be imported here
+            print(f"{run.name}: responses are not judged: {error}")
+            return
     for response, verdict in zip(judged, verdicts, strict=True):
         response["correct"] = None if verdict.problem else bool(verdict.correct)
 

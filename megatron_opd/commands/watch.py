@@ -19,6 +19,7 @@ from rich.text import Text
 from megatron_opd.commands.terminal import coloured, duration, number, sparkline, visible
 from megatron_opd.records.reading import read_responses
 from megatron_opd.records.run_folder import RunFolder
+from megatron_opd.training.clock import PHASES
 
 CURVES = (
     ("loss", "loss"),
@@ -33,7 +34,7 @@ CURVES = (
     ("seconds a step", "step_s"),
     ("memory, GiB", "memory_gib"),
 )
-PHASES = (("rollout", "blue"), ("score", "cyan"), ("cut", "white"), ("train", "yellow"), ("sync", "magenta"))
+COLOURS = dict(zip(PHASES, ("blue", "cyan", "white", "yellow", "magenta"), strict=True))
 SHOWN_TOKENS = 160
 
 
@@ -101,12 +102,12 @@ def _curves(steps: list[dict[str, Any]]) -> RenderableType:
 
 def _phases(steps: list[dict[str, Any]]) -> RenderableType:
     """Where the seconds of the last steps went, as one bar."""
-    sums = {name: sum(s.get(f"{name}_s") or 0.0 for s in steps) for name, _ in PHASES}
+    sums = {name: sum(s.get(f"{name}_s") or 0.0 for s in steps) for name in PHASES}
     whole = sum(sums.values())
     if not whole:
         return Text("")
     bar, names = Text("\n"), Text()
-    for name, colour in PHASES:
+    for name, colour in COLOURS.items():
         bar.append("█" * round(60 * sums[name] / whole), style=colour)
         names.append(f"{name} {100 * sums[name] / whole:.0f}%  ", style=colour)
     return Group(bar, names, Text(""))

@@ -45,7 +45,8 @@ class Config(Section):
     checkpoint: CheckpointConfig = Field(default_factory=CheckpointConfig)
     """Checkpoints."""
     logging: list[TrackerName] = Field(default_factory=lambda: ["tensorboard"])
-    """Trackers that get the metrics beside metrics.jsonl: any of tensorboard, wandb, mlflow, swanlab, trackio."""
+    """Trackers that get the metrics beside metrics.jsonl, each once: any of tensorboard, wandb, mlflow, swanlab,
+    trackio."""
     tracking: TrackingConfig = Field(default_factory=TrackingConfig)
     """What the trackers of `logging` are told."""
 
@@ -92,6 +93,11 @@ class Config(Section):
             problems.append(
                 f"score.payload: hidden sends states that loss.kind: {self.loss.kind} does not read; set "
                 "score.payload: topk"
+            )
+        if reads == "logits" and self.loss.advantage_clip is not None:
+            problems.append(
+                f"loss.advantage_clip: {self.loss.advantage_clip} bounds log-probs of candidates and sampled tokens; "
+                f"loss.kind: {self.loss.kind} reads the teacher's whole distribution: set null"
             )
         if reads == "logits" and self.loss.changes_scores:
             problems.append(

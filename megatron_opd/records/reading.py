@@ -11,6 +11,8 @@ from typing import Any
 STARTS = "starts.jsonl"
 POSITIONS = "positions.jsonl"
 RESPONSES = "responses"
+LOCK = "lock.json"  # its time of change is the heartbeat of the job that owns the folder
+STALE_S = 300.0  # without a heartbeat for so long, an owner on another machine counts as dead
 NAME = re.compile(r"step_(\d+)\.json\.gz")
 
 

@@ -15,10 +15,7 @@ import yaml
 
 from megatron_opd.errors import InputError
 from megatron_opd.records.lines import METRICS, read_objects, read_steps
-from megatron_opd.records.reading import POSITIONS, RESPONSES, STARTS, read_responses, recorded
-
-LOCK = "lock.json"  # of runtime/lock.py
-BEAT_S = 300.0  # without a heartbeat for so long a job counts as dead
+from megatron_opd.records.reading import LOCK, POSITIONS, RESPONSES, STALE_S, STARTS, read_responses, recorded
 
 
 @dataclass
@@ -91,7 +88,7 @@ class RunFolder:
         """running, finished, or ended: before its last step."""
         lock = self.path / LOCK
         try:
-            if time.time() - os.lstat(lock).st_mtime < BEAT_S:
+            if time.time() - os.lstat(lock).st_mtime < STALE_S:
                 return "running"
         except OSError:
             pass

@@ -8,13 +8,14 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 from megatron_opd.records.run_folder import RunFolder, flat_settings
+from megatron_opd.training.clock import PHASE_KEYS
 
 TOKENS = 40_000  # response tokens in a report, over all runs: about 3 MB
 LONGEST = 8_000  # of one response
 POINTS = 2_000  # of a curve: longer runs show every second step, or every third
 SECRET = re.compile(r"(^|[_.\-])(api_?key|key|token|secret|password|passwd|credentials?)($|[_.\-])", re.IGNORECASE)
 ABSOLUTE = re.compile(r"^(file://)?/.*/([^/]+)/?$")
-PHASES = ("rollout_s", "score_s", "cut_s", "train_s", "sync_s", "checkpoint_s")
+PHASES = (*PHASE_KEYS, "checkpoint_s")
 
 
 def shown_setting(key: str, value: str) -> str:

@@ -17,10 +17,9 @@ from pathlib import Path
 from typing import Any
 
 from megatron_opd.errors import RepeatingError
+from megatron_opd.records.reading import LOCK, STALE_S
 
-NAME = "lock.json"
 HEARTBEAT_S = 15.0
-STALE_S = 300.0  # without a heartbeat for so long, an owner on another machine counts as dead
 
 
 class RunLocked(RepeatingError):
@@ -32,7 +31,7 @@ class RunLock:
 
     def __init__(self, run_dir: str | Path) -> None:
         """Takes the lock, also from an owner that is dead. Raises RunLocked, or OSError where it cannot be written."""
-        self.path = Path(run_dir, NAME)
+        self.path = Path(run_dir, LOCK)
         self.path.parent.mkdir(parents=True, exist_ok=True)
         self.identity = _identity()
         self.lost = False
@@ -103,7 +102,7 @@ class RunLock:
 
     def _silent_s(self) -> float:
         """Seconds since the last heartbeat by the file system's own clock, which all nodes share."""
-        probe = self.path.with_name(f".{NAME}.{self.identity['token']}")
+        probe = self.path.with_name(f".{LOCK}.{self.identity['token']}")
         probe.touch()
         try:
             return probe.stat().st_mtime - self.path.stat().st_mtime
@@ -114,7 +113,7 @@ class RunLock:
 
     def _take_over(self, owner: dict[str, Any], reason: str) -> None:
         """Replaces a dead owner's lock; of several that try at once, one succeeds."""
-        gate = self.path.with_name(f"{NAME}.takeover")
+        gate = self.path.with_name(f"{LOCK}.takeover")
         while not self._create(gate, ""):
             with contextlib.suppress(FileNotFoundError):
                 if time.time() - gate.stat().st_mtime > 60:  # its maker died on the way
@@ -124,7 +123,7 @@ class RunLock:
             now = self._owner()
             if now is not None and now.get("token") != owner.get("token"):
                 raise RunLocked(self._refusal(now))
-            fresh = self.path.with_name(f".{NAME}.{self.identity['token']}")
+            fresh = self.path.with_name(f".{LOCK}.{self.identity['token']}")
             fresh.write_text(json.dumps(self.identity), encoding="utf-8")
             os.replace(fresh, self.path)
         finally:

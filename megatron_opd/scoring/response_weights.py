@@ -42,11 +42,8 @@ class TeacherShares(Target):
         tokens = {name: sum(len(batch.rollouts[i]) for i in of_it) for name, of_it in members.items()}
         self._measure(batch, members)
         self.weights = balanced(tokens, self.shares, self.distance, self.exponent)
-        weights = list(batch.prune_weight)
-        for name, of_it in members.items():
-            for i in of_it:
-                weights[i] = weights[i] * self.weights[name]
-        return replace(batch, prune_weight=weights)
+        factors = {i: self.weights[name] for name, of_it in members.items() for i in of_it}
+        return _scaled(batch, [factors[i] for i in range(len(batch.rollouts))])
 
     def _measure(self, batch: ScoredBatch, members: dict[str, list[int]]) -> None:
         for name, of_it in members.items():
@@ -86,12 +83,7 @@ class SequenceMean(Target):
 
     def of(self, batch: ScoredBatch) -> ScoredBatch:
         count = len(batch.rollouts)
-        factors = [batch.response_tokens / (count * len(r)) for r in batch.rollouts]
-        advantage = batch.advantage
-        if advantage is not None:
-            advantage = [a * factor for a, factor in zip(advantage, factors, strict=True)]
-        weights = [w * factor for w, factor in zip(batch.prune_weight, factors, strict=True)]
-        return replace(batch, prune_weight=weights, advantage=advantage)
+        return _scaled(batch, [batch.response_tokens / (count * len(r)) for r in batch.rollouts])
 
 
 class Clipped(Target):
@@ -109,6 +101,15 @@ class Clipped(Target):
 
     def near(self, teacher: Tensor, sampler: Tensor) -> Tensor:
         return torch.minimum(torch.maximum(teacher, sampler - self.bound), sampler + self.bound)
+
+
+def _scaled(batch: ScoredBatch, factors: list[float]) -> ScoredBatch:
+    """Every term of a response times its factor: the distillation loss's, those of rewards and of stops."""
+    weights = [w * factor for w, factor in zip(batch.prune_weight, factors, strict=True)]
+    advantage = batch.advantage
+    if advantage is not None:
+        advantage = [a * factor for a, factor in zip(advantage, factors, strict=True)]
+    return replace(batch, prune_weight=weights, advantage=advantage)
 
 
 def _distance(rollout: Rollout, scores: TeacherScores) -> Tensor:

@@ -25,14 +25,15 @@ def student_stop_logprob(rollout: Rollout, terminators: frozenset[int]) -> float
     return float(torch.tensor(mass, dtype=torch.float64).logsumexp(0))
 
 
-def weigh_stops(batch: ScoredBatch, terminators: frozenset[int]) -> None:
+def weigh_stops(batch: ScoredBatch, terminators: frozenset[int], bound: float | None = None) -> None:
     """Replaces the loss's term at each sampled stop by the event's, a policy gradient whatever the loss:
 
         -prune weight x A x log p(sampled stop),  A = log(teacher's mass on its terminators) - log(student's on its own)
 
-    with A held constant. Where the student's terminator is a candidate without having been sampled, a loss on
-    candidates compares it as the event, too: else each position before the stop would unlearn it, as it does with
-    losses over the whole vocabulary. Stops that the teacher has not read or that weigh nothing stay as they are.
+    with A held constant, and within `bound` nats of 0 (loss.advantage_clip) where there is one. Where the student's
+    terminator is a candidate without having been sampled, a loss on candidates compares it as the event, too: else each
+    position before the stop would unlearn it, as it does with losses over the whole vocabulary. Stops that the teacher
+    has not read or that weigh nothing stay as they are.
     Changes `batch`.
     """
     for i, (rollout, scores) in enumerate(zip(batch.rollouts, batch.scores, strict=True)):
@@ -48,7 +49,10 @@ def weigh_stops(batch: ScoredBatch, terminators: frozenset[int]) -> None:
             continue
         if batch.advantage is None:
             batch.advantage = [torch.zeros(len(r)) for r in batch.rollouts]
-        batch.advantage[i][at] = weight * (float(stop[at]) - student_stop_logprob(rollout, terminators))
+        advantage = float(stop[at]) - student_stop_logprob(rollout, terminators)
+        if bound is not None:
+            advantage = min(max(advantage, -bound), bound)
+        batch.advantage[i][at] = weight * advantage
         batch.prune_weight[i] = batch.prune_weight[i].clone()
         batch.prune_weight[i][at] = 0
 

@@ -7,6 +7,7 @@ import queue
 import re
 import threading
 import time
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -18,6 +19,7 @@ from megatron_opd.files import write_whole
 WAITING = 1000  # messages that a tracker may lag behind; later ones are left out
 CLOSE_S = 30.0  # that the end of a run waits for a tracker
 IDS = "trackers.json"  # RUN/trackers.json: the run's id with each service
+_IDS_LOCK = threading.Lock()
 
 
 @dataclass
@@ -29,16 +31,22 @@ class TrackerSetup:
     name: str
     config: dict[str, Any]  # the run's whole config, for JSON
     first_step: int
-    notes: dict[str, str] = field(default_factory=dict)  # git revision, version, job
+    notes: dict[str, str] = field(default_factory=dict)  # git revision, job
 
     def known_id(self, tracker: str) -> str | None:
         """The run's id with this service, where the run goes on."""
         return _read_ids(self.run_dir).get(tracker)
 
-    def remember_id(self, tracker: str, value: str) -> None:
-        """Keeps it for the next start of this run. Raises OSError."""
-        ids = _read_ids(self.run_dir) | {tracker: value}
-        write_whole(Path(self.run_dir, IDS), [json.dumps(ids, indent=2) + "\n"])
+    def remember_id(self, tracker: str, value: str) -> str:
+        """Keeps it for the next start of this run, and returns it. Raises OSError."""
+        with _IDS_LOCK:  # trackers are opened side by side
+            ids = _read_ids(self.run_dir) | {tracker: value}
+            write_whole(Path(self.run_dir, IDS), [json.dumps(ids, indent=2) + "\n"])
+        return value
+
+    def own_id(self, tracker: str) -> str:
+        """The known one, or one of 20 hexadecimal digits that is the run's from now on. Raises OSError."""
+        return self.known_id(tracker) or self.remember_id(tracker, uuid.uuid4().hex[:20])
 
 
 class Tracker(ABC):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,10 @@ class SwanLab(Tracker):
         import swanlab
 
         self.swanlab: Any = swanlab
-        identity = setup.known_id("swanlab") or uuid.uuid4().hex[:21]
-        setup.remember_id("swanlab", identity)
         self.run: Any = swanlab.init(
             project=setup.project,
             name=setup.name,
-            id=identity,
+            id=setup.own_id("swanlab"),
             resume="allow",
             log_dir=str(Path(setup.run_dir, "swanlab")),
             mode=os.environ.get("SWANLAB_MODE", "online"),

@@ -14,10 +14,9 @@ class Trackio(Tracker):
         import trackio
 
         self.trackio: Any = trackio
-        setup.remember_id("trackio", setup.name)  # a run is known by its name there
         self.run: Any = trackio.init(
             project=setup.project,
-            name=setup.name,
+            name=f"{setup.name} {setup.own_id('trackio')[:6]}",  # a run is known by its name alone
             resume="allow",
             embed=False,
             auto_log_gpu=False,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import uuid
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +17,10 @@ class WandB(Tracker):
         import wandb
 
         self.wandb: Any = wandb
-        identity = setup.known_id("wandb") or uuid.uuid4().hex[:12]
-        setup.remember_id("wandb", identity)
         self.run: Any = wandb.init(
             project=setup.project,
             name=setup.name,
-            id=identity,
+            id=setup.own_id("wandb"),
             resume="allow",
             dir=setup.run_dir,
             config=setup.config | {"notes": setup.notes},

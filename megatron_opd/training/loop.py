@@ -76,17 +76,18 @@ def evaluate_and_report(run: Run, metrics: dict[str, Any]) -> None:
 
 def step(run: Run) -> dict[str, Any]:
     """One optimizer step, from prompts to parameters that the engine has; returns its metrics."""
-    clock, rewards = PhaseClock(run.progress.phase if run.progress else None), {}
+    config, rewards = run.config, {}
+    clock = PhaseClock(run.progress.phase if run.progress else None)
     requests = run.draw_requests()
     rollouts, scores = run.scoring.generate_and_score(requests, run.sampling(), clock)
     with clock.phase("cut"):
-        batch = assign_prune_weights(rollouts, scores, run.config.prune, run.scoring.signal)
+        batch = assign_prune_weights(rollouts, scores, config.prune, run.scoring.signal)
         if run.token_weighting is not None:
             run.token_weighting.apply_to(batch)
         if run.rewards is not None:
             rewards = run.rewards.add_to(batch, requests)
         if run.stop.event:
-            weigh_stops(batch, run.stop.student)
+            weigh_stops(batch, run.stop.student, config.loss.advantage_clip)
     with clock.phase("score"):
         taught = run.taught(batch)
     with clock.phase("train"):

@@ -6,6 +6,7 @@ import json
 import os
 from collections.abc import Callable
 from functools import partial
+from importlib.util import find_spec
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -26,17 +27,27 @@ from megatron_opd.trackers.base import Guarded, Tracker, TrackerSetup
 from megatron_opd.training.metrics_log import MetricsLog, add_warning
 from megatron_opd.types import ScoredBatch
 
-LABELS = {"tensorboard": "TensorBoard", "wandb": "W&B", "mlflow": "MLflow", "swanlab": "SwanLab", "trackio": "Trackio"}
-
 
 def check_trackers(config: Config) -> None:
-    """Before models are loaded. Raises ConfigError where a tracker that `logging` names cannot be imported."""
-    from importlib.util import find_spec
+    """Before models are loaded. Raises ConfigError where `logging` names what is no tracker or is not installed, and
+    where none of its trackers can do what `tracking` asks for."""
+    kinds = [tracker_class(name) for name in config.logging]
+    if twice := sorted({name for name in config.logging if config.logging.count(name) > 1}):
+        raise ConfigError(f"logging: {twice[0]} is there twice; each tracker gets the metrics once")
+    if config.tracking.checkpoints and not any(kind.artifact is not Tracker.artifact for kind in kinds):
+        raise ConfigError(
+            f"tracking.checkpoints: true: none of logging: {config.logging} keeps files; add wandb or mlflow"
+        )
 
-    for name in config.logging:
-        if name in TRACKERS and find_spec(name) is None:
-            raise ConfigError(f"logging: {name} is not installed; pip install 'megatron_opd[{name}]', or leave it out")
-        load_part("logging", name, TRACKERS)
+
+def tracker_class(name: str) -> type[Tracker]:
+    """What an entry of `logging` names. Raises ConfigError."""
+    if name in TRACKERS and find_spec(name) is None:
+        raise ConfigError(f"logging: {name} is not installed; pip install 'megatron_opd[{name}]', or leave it out")
+    kind = load_part("logging", name, TRACKERS)
+    if not (isinstance(kind, type) and issubclass(kind, Tracker)):
+        raise ConfigError(f"logging: {name} is no subclass of megatron_opd.trackers.base.Tracker")
+    return kind
 
 
 class RunFiles:
@@ -133,8 +144,5 @@ def open_trackers(config: Config, first_step: int) -> list[Guarded]:
     name = tracking.name or Path(config.run_dir).name
     notes = {"revision": git_revision(), "job": os.environ.get("SLURM_JOB_ID", "")}
     setup = TrackerSetup(config.run_dir, tracking.project, name, config.model_dump(mode="json"), first_step, notes)
-    trackers = []
-    for tracker in config.logging:
-        make = load_part("logging", tracker, TRACKERS)
-        trackers.append(Guarded(LABELS.get(tracker, tracker), partial(make, setup)))
-    return trackers
+    kinds = [tracker_class(name) for name in config.logging]
+    return [Guarded(kind.__name__, partial(kind, setup)) for kind in kinds]

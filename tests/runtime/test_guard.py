@@ -12,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
+from megatron_opd.records.reading import STALE_S
 from megatron_opd.runtime.launch import agreed_exit_code
-from megatron_opd.runtime.lock import STALE_S, RunLock, RunLocked
+from megatron_opd.runtime.lock import RunLock, RunLocked
 from tests.tiny_run import child_environment
 
 # One rank hangs in its step, the other waits for it. The guard's clock stands still until both are seen there, then

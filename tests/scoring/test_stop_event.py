@@ -81,6 +81,15 @@ def test_what_is_no_stop_or_weighs_nothing_stays(given: tuple, kept: int, weight
     assert scored.advantage is None and scored.prune_weight[0].tolist() == [weight] * 3
 
 
+@pytest.mark.parametrize("bound", [None, 20.0, 2.0])
+def test_a_bound_on_the_advantage_holds_for_the_event(bound: float | None) -> None:
+    scored = batch(rollout(), replace(scores(), stop_logprobs=torch.tensor([-5.0, -5.0, LOG(1e-4)])), 3, 1.0)
+    own = student_stop_logprob(rollout(), frozenset({STUDENTS}))
+    weigh_stops(scored, frozenset({STUDENTS}), bound)
+    expected = LOG(1e-4) - own if bound != 2.0 else -2.0
+    assert scored.advantage is not None and float(scored.advantage[0][2]) == pytest.approx(expected, rel=1e-5)
+
+
 def test_candidates_that_are_terminators_are_compared_as_events() -> None:
     """Also where another token was sampled, so that no position before the stop unlearns it."""
     ids = torch.tensor([[5, STUDENTS, 6], [6, 5, 7], [5, STUDENTS, 7]])

@@ -97,6 +97,14 @@ def test_the_distance_is_a_running_mean_over_sampled_tokens_that_were_read() -> 
     assert again.distance == shares.distance
 
 
+def test_rewards_and_stops_of_a_response_weigh_as_its_tokens_do() -> None:
+    given = batch(("code", 2, -3.0), ("math", 8, 1.0))
+    given.advantage = [torch.ones(2), torch.ones(8)]
+    shares = TeacherShares(TEACHERS, {"teacher": 0.5, "coder": 0.5}, 0).of(given)
+    assert [a.tolist() for a in shares.advantage] == [[2.5] * 2, [0.625] * 8]
+    assert [a.tolist() for a in SequenceMean().of(given).advantage] == [[2.5] * 2, [0.625] * 8]
+
+
 def test_a_clipped_advantage() -> None:
     made = Clipped(2.0).of(batch(("", 2, -25.0), ("", 1, 0.5), ("", 1, 9.0)))
     gaps = [float((s.sampled_logprobs - r.logprobs)[0]) for r, s in zip(made.rollouts, made.scores, strict=True)]
@@ -141,6 +149,10 @@ def test_the_names_of_teachers() -> None:
         ({"teachers": [CODER], "loss": {"teacher_shares": {"cook": 1}}}, "no teacher 'cook'; there are teacher, coder"),
         ({"teachers": [CODER], "loss": {"teacher_shares": {"coder": 1}}}, "'teacher' is missing"),
         ({"teachers": [CODER], "loss": {"teacher_shares": {"teacher": 0, "coder": 1}}}, "greater than 0"),
+        (
+            {"loss": {"kind": "full_reverse_kl", "advantage_clip": 5}, "score": {"payload": "hidden"}},
+            "loss.advantage_clip: 5.0 bounds log-probs of candidates and sampled tokens",
+        ),
         ({"loss": {"disagreement": 1}}, "loss.disagreement: 1.0 compares teachers, and there is one"),
         ({"loss": {"mean": "sequence"}, "score": {"mode": "fused"}}, "loss.mean: sequence needs the scores before"),
         (

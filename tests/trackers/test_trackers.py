@@ -192,9 +192,46 @@ def test_numbers_of_inner_objects_have_paths() -> None:
 
 
 def test_a_client_that_is_not_installed_is_named_before_models_are_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr("megatron_opd.training.run_files.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"logging: wandb is not installed; pip install 'megatron_opd\[wandb\]'"):
         check_trackers(parse_config({**MODELS, "logging": ["wandb"]}))
+
+
+@pytest.mark.parametrize(
+    ("logging", "more", "message"),
+    [
+        (["tensorboard", "tensorboard"], {}, "tensorboard is there twice"),
+        (["json:dumps"], {}, "json:dumps is no subclass of megatron_opd.trackers.base.Tracker"),
+        (["pathlib:Path"], {}, "pathlib:Path is no subclass"),
+        (["tensorboard"], {"checkpoints": True}, "none of logging: .'tensorboard'. keeps files; add wandb or mlflow"),
+        ([], {"checkpoints": True}, "keeps files"),
+    ],
+)
+def test_what_a_tracker_cannot_do_is_refused(logging: list[str], more: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check_trackers(parse_config({**MODELS, "logging": logging, "tracking": more}))
+
+
+def test_trackers_that_are_opened_side_by_side_keep_all_ids(tmp_path: Path) -> None:
+    setup, names = TrackerSetup(str(tmp_path), "p", "n", {}, 1), [f"service{i}" for i in range(24)]
+    start = threading.Barrier(len(names))
+
+    def remember(name: str) -> None:
+        start.wait()
+        assert setup.own_id(name) == setup.own_id(name)
+
+    threads = [threading.Thread(target=remember, args=(name,)) for name in names]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(WAIT_S)
+    assert set(json.loads((tmp_path / "trackers.json").read_text())) == set(names)
+
+
+def test_two_runs_of_one_name_are_two_runs(tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / name).mkdir()
+    assert len({TrackerSetup(str(tmp_path / name), "p", "first", {}, 1).own_id("trackio") for name in ("a", "b")}) == 2
 
 
 def test_unknown_trackers_are_refused() -> None:

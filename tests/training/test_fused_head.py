@@ -15,7 +15,7 @@ from megatron_opd.models.headless import head_parameter, without_head
 from megatron_opd.training.setup import init_distributed
 from tests.distributed import run_distributed
 from tests.layouts import student_model
-from tests.models.tiny_families import VOCAB, make
+from tests.models.tiny_families import make
 from tests.reference_step import run
 from tests.training.test_step import CUT, PAPER, Case, answers, megatron_steps
 

@@ -1,6 +1,6 @@
 const COLOURS = ["#1f6feb", "#d9730d", "#1a7f37", "#8250df", "#b42318", "#0e7490", "#a16207", "#57606a"];
 const STACK = ["#1f6feb", "#54aeff", "#8c959f", "#d9730d", "#a475f9", "#57606a"];
-// title, unit, names of metrics; a name that ends in / stands for all inside it; stacked: one chart for each run
+// title, unit, names of metrics, or what gives them for a run; a name that ends in / stands for all inside it; stacked: one chart for each run
 const CHARTS = [
   ["Accuracy", "", ["accuracy/"]],
   ["Loss", "nats", ["loss"]],
@@ -13,7 +13,7 @@ const CHARTS = [
   ["Drift events", "per response", ["events_mean"]],
   ["Tokens of a step", "tokens", ["tokens_generated", "tokens_kept", "tokens_trained"]],
   ["How responses end", "responses", ["ended/"], "stacked"],
-  ["Time of a step", "seconds", ["rollout_s", "score_s", "cut_s", "train_s", "sync_s", "checkpoint_s"], "stacked"],
+  ["Time of a step", "seconds", run => Object.keys(run.totals.phases), "stacked"],
   ["Memory", "GiB", ["memory_gib"]],
   ["Gradient norm", "", ["grad_norm"]],
   ["Learning rate", "", ["lr"]],
@@ -24,7 +24,9 @@ const CHARTS = [
   ["Reverse KL by teacher", "nats", ["teachers/*/reverse_kl"]],
 ];
 
-function named(series, patterns) {
+function named(run, patterns) {
+  const series = run.series;
+  if (typeof patterns === "function") patterns = patterns(run);
   const found = [];
   for (const pattern of patterns) {
     if (pattern.endsWith("/")) found.push(...Object.keys(series).filter(k => k.startsWith(pattern)));
@@ -80,9 +82,9 @@ function chartsOf(runs) {
   for (const [title, unit, patterns, stacked] of CHARTS) {
     if (stacked) {
       runs.forEach((run, r) => {
-        if (named(run.series, patterns).length) made.push({title: runs.length > 1 ? `${title}: ${run.name}` : title, unit, draw: (kind, smooth) => traces([run], patterns, kind, smooth, true), runs: [run]});
+        if (named(run, patterns).length) made.push({title: runs.length > 1 ? `${title}: ${run.name}` : title, unit, draw: (kind, smooth) => traces([run], patterns, kind, smooth, true), runs: [run]});
       });
-    } else if (runs.some(run => named(run.series, patterns).length)) {
+    } else if (runs.some(run => named(run, patterns).length)) {
       made.push({title, unit, draw: (kind, smooth) => traces(runs, patterns, kind, smooth, false), runs});
     }
   }
@@ -92,7 +94,7 @@ function chartsOf(runs) {
 function traces(runs, patterns, kind, smooth, stacked) {
   const lines = [], dashes = ["solid", "dash", "dot", "dashdot"];
   runs.forEach((run, r) => {
-    const xs = axis(run, kind), names = named(run.series, patterns);
+    const xs = axis(run, kind), names = named(run, patterns);
     names.forEach((name, n) => {
       const values = smooth ? smoothed(run.series[name]) : run.series[name], short = name.replace(/_s$/, "").replace(/^(accuracy|ended|teachers)\//, "");
       const gaps = values.some(v => v === null);

@@ -33,7 +33,7 @@
     ["tokens scored by the teacher", ...runs.map(r => share(r.totals.scored, r.totals.sampled))],
     ["tokens trained on", ...runs.map(r => share(r.totals.trained, r.totals.sampled))],
     ["tokens per second", ...runs.map(r => r.totals.tokens_per_s)],
-    ...["rollout_s", "score_s", "cut_s", "train_s", "sync_s", "checkpoint_s"].map(p => [`time in ${p.replace(/_s$/, "")}`, ...runs.map(r => share(r.totals.phases[p], r.totals.seconds))]),
+    ...Object.keys(runs[0].totals.phases).map(p => [`time in ${p.replace(/_s$/, "")}`, ...runs.map(r => share(r.totals.phases[p], r.totals.seconds))]),
   ]));
   browse(runs);
   put("settings-table", table(["key", "value"], Object.entries(data.settings.same)));
