@@ -41,7 +41,7 @@ $(VENV)/.test: $(VENV)/.base
 install: $(VENV)/.base ## set up .venv for training, conversion and the demo
 
 install-browser: ## Chromium for the tests of the report and for tools/pictures.py (root, Debian)
-	tests/report/install.sh
+	tests/apt_install.sh "chromium chromedriver" chromium chromium-driver
 
 install-test: $(VENV)/.test ## set up .venv for the test suite, vLLM on CPU included
 

@@ -9,7 +9,8 @@ python=$1; shift
 export SLURM_TEST_CLUSTER=${SLURM_TEST_CLUSTER:-/tmp/megatron_opd_slurm}
 
 not_run() { echo "test-slurm: not run: $1"; exit 0; }
-reason=$("$here/install.sh") || not_run "$reason"
+tools="slurmctld slurmd munged ip tc"
+reason=$("$here/../apt_install.sh" "$tools" slurm-wlm munge iproute2) || not_run "$reason"
 "$here/cluster.sh" down "$SLURM_TEST_CLUSTER"  # of an earlier run that was killed
 reason=$("$here/cluster.sh" up "$SLURM_TEST_CLUSTER" 2>&1)
 case $? in
